@@ -1,0 +1,209 @@
+"""Configuration: one flat frozen dataclass, and the presets of the method.
+
+Parsed before torch is imported, so this module imports the standard library only. Names are TRL's where the meaning is
+TRL's. A field that is None is derived from the model, the data and the machine, and the derived value is printed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+Reward = Literal["logp", "prob", "am", "gm", "ws_inv", "ws_log", "r3"]
+Baseline = Literal["current", "frozen", "ema", "none"]
+RewardClip = Literal["none", "zero", "unit"]
+Advantage = Literal["grpo", "dr_grpo", "rloo"]
+TraceLoss = Literal["cispo", "reinforce", "ppo", "none"]
+AnswerWeight = Literal["fixed", "derived", "reward"]
+FormatTerm = Literal["loss", "reward"]
+Normalizer = Literal["token", "sequence", "constant"]
+RewardScale = Literal["length", "weight"]
+Preset = Literal[
+    "nrt-ws", "nrt-ws-inv", "nrt-gm", "nrt-am", "nrt-p", "nrt-logp", "nrt-derived", "nrt-release",
+    "jepo", "verifree", "rlpr", "r3", "sft",
+]  # fmt: skip
+
+STD_FLOOR: dict[str, float] = {
+    "ws_log": 0.02, "ws_inv": 0.02, "logp": 0.02, "r3": 0.02, "gm": 0.002, "am": 0.002, "prob": 0.002,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is maximised: sections 2 to 4 of arXiv 2602.11549 with every choice made."""
+
+    reward: Reward = "ws_log"
+    baseline: Baseline = "current"
+    reward_clip: RewardClip = "zero"
+    advantage: Advantage = "grpo"
+    trace_loss: TraceLoss = "cispo"
+    answer_weight: AnswerWeight = "fixed"
+    answer_coef: float = 1.0
+    format_coef: float = 0.3
+    format_term: FormatTerm = "loss"
+    normalizer: Normalizer = "token"
+    reward_scale: RewardScale = "length"
+    std_floor: float | None = None
+    epsilon: float = 0.2
+    epsilon_high: float = 0.28
+    drop_cut_reward: bool = False
+    beta: float = 0.0
+    entropy_coef: float = 0.0
+
+
+PRESETS: dict[str, Objective] = {
+    "nrt-ws": Objective(),
+    "nrt-ws-inv": Objective(reward="ws_inv"),
+    "nrt-gm": Objective(reward="gm"),
+    "nrt-am": Objective(reward="am"),
+    "nrt-p": Objective(reward="prob"),
+    "nrt-logp": Objective(reward="logp"),
+    "nrt-derived": Objective(answer_weight="derived"),
+    "nrt-release": Objective(reward_clip="none", std_floor=0.0, normalizer="constant"),
+    "jepo": Objective(
+        reward="logp", baseline="none", reward_clip="none", advantage="rloo", trace_loss="reinforce", format_coef=0.0
+    ),
+    "verifree": Objective(
+        reward="prob", baseline="none", reward_clip="none", advantage="rloo", trace_loss="reinforce",
+        answer_weight="reward", format_coef=0.0,
+    ),
+    "rlpr": Objective(
+        reward="am", baseline="frozen", reward_clip="unit", trace_loss="ppo", epsilon_high=0.27, answer_coef=0.0,
+        format_coef=0.1, format_term="reward",
+    ),
+    "r3": Objective(reward="r3", reward_clip="none"),
+    "sft": Objective(
+        reward="logp", baseline="none", reward_clip="none", trace_loss="none", format_coef=0.0
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every field of ``nrt-fast train``."""
+
+    model_name_or_path: str | None = None
+    """Hugging Face folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model; the built-in starter if absent."""
+    dataset_name: list[str] | str | None = None
+    """Paths (.jsonl .json .csv .parquet, also .gz) or hub ids, comma-separated; the built-in tasks if absent."""
+    dataset_weights: list[float] | None = None
+    """Sampling weight of each dataset; in proportion to their rows if absent."""
+    dataset_train_split: str = "train"
+    """Split of a hub dataset."""
+    prompt_field: str | None = None
+    """Field that holds the question; detected if absent."""
+    answer_field: str | None = None
+    """Field that holds the reference answer; detected if absent."""
+    eval_dataset_name: list[str] | str | None = None
+    """Held-out data; the last num_eval_prompts rows of the shuffled training data are held out if absent."""
+    num_eval_prompts: int | None = None
+    """Held-out items used before and after training."""
+    chat_template_kwargs: dict | None = None
+    """Extra arguments of the tokenizer's chat template."""
+    delimiter: str | None = None
+    """The one token that ends a trace; a reserved id of the tokenizer if absent, else a token is added."""
+    max_prompt_length: int | None = None
+    """Longest prompt, in tokens."""
+    max_trace_length: int | None = None
+    """Longest reasoning trace, in tokens, without the delimiter."""
+    max_answer_length: int | None = None
+    """Longest reference answer, in tokens, with its EOS."""
+    overlong_prompts: Literal["drop", "truncate_left", "error"] = "drop"
+    """What happens to prompts over the limit."""
+    overlong_answers: Literal["drop", "error"] = "drop"
+    """What happens to answers over the limit."""
+
+    objective: Preset = "nrt-ws"
+    """Preset of the method; the fields below change single choices of it."""
+    reward: Reward | None = None
+    """How the answer's probabilities make one reward."""
+    baseline: Baseline | None = None
+    """Weights that read the answer without a trace."""
+    reward_clip: RewardClip | None = None
+    """zero: max(0, R - R_base); unit: R - R_base clipped to [0, 1]; none."""
+    advantage: Advantage | None = None
+    """Group-relative advantage."""
+    trace_loss: TraceLoss | None = None
+    """Policy-gradient form of the trace tokens."""
+    answer_weight: AnswerWeight | None = None
+    """Weight of an answer token in the answer loss."""
+    answer_coef: float | None = None
+    """Coefficient of the answer loss."""
+    format_coef: float | None = None
+    """Coefficient of the delimiter's loss (or reward) at the end of traces that did not end with it."""
+    normalizer: Normalizer | None = None
+    """The one number that the step's summed loss is divided by."""
+    reward_scale: RewardScale | None = None
+    """Whether a weighted reward is divided by the answer's length or by the sum of its weights."""
+    std_floor: float | None = None
+    """Groups whose reward std is under it count as no signal; 0.02 for log rewards, 0.002 for probabilities."""
+    epsilon: float | None = None
+    """Lower clip of the importance ratio: 1 - epsilon."""
+    epsilon_high: float | None = None
+    """Upper clip of the importance ratio: 1 + epsilon_high."""
+    drop_cut_reward: bool | None = None
+    """Give traces that hit the limit the reward of an empty trace."""
+    beta: float | None = None
+    """Coefficient of the KL term to the initial weights."""
+    entropy_coef: float | None = None
+    """Coefficient of the entropy bonus on trace tokens."""
+
+    prompts_per_step: int | None = None
+    """Prompts sampled in one step."""
+    prompts_per_minibatch: int | None = None
+    """Prompts in one optimiser step; all of the step's prompts if absent."""
+    num_generations: int = 8
+    """Traces sampled for each prompt."""
+    temperature: float = 1.0
+    """Sampling temperature of traces."""
+    max_tokens_per_batch: int | None = None
+    """Tokens in one packed micro-batch; changes memory and speed, not the result."""
+    learning_rate: float | None = None
+    """Peak learning rate; 2e-6, the starter 3e-4."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Schedule after the warm-up."""
+    warmup_steps: float | None = None
+    """Warm-up, in steps; under 1, as a share of all steps."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices."""
+    adam_beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    adam_beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    adam_epsilon: float = 1e-15
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    max_steps: int | None = None
+    """Steps to run; overrides num_train_epochs."""
+    num_train_epochs: float = 1.0
+    """Passes over the data."""
+
+    output_dir: str | None = None
+    """Folder of the run; runs/<model>-<objective>, the demo's is runs/demo."""
+    seed: int = 0
+    """Seed of data order and sampling."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of weights and activations; auto: bfloat16 on CUDA, float32 on CPU."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto: CUDA where there is one."""
+    save_steps: int | None = None
+    """Steps between checkpoints; the last step is always saved."""
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+    logging_steps: int = 1
+    """Steps between console lines; metrics.jsonl has every step."""
+    eval_steps: int | None = None
+    """Steps between held-out gain measurements; 0: only before and after."""
+    report_to: list[str] | str = "none"
+    """Trackers beside metrics.jsonl: trackio, wandb, tensorboard (comma-separated)."""
+    resume_from_checkpoint: str = "auto"
+    """auto: the newest complete checkpoint of output_dir, else from scratch; false; or a checkpoint's path."""
+
+    def resolved_objective(self) -> Objective:
+        """The preset with this config's own choices on top of it."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(Objective) if hasattr(self, f.name)}
+        objective = replace(PRESETS[self.objective], **{k: v for k, v in chosen.items() if v is not None})
+        if objective.std_floor is None:
+            objective = replace(objective, std_floor=STD_FLOOR[objective.reward])
+        return objective

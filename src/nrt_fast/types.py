@@ -1,0 +1,126 @@
+"""What flows between the stages, and the letters that name its dimensions.
+
+Legend: P prompts, G traces per prompt, N = P G traces, T packed tokens, A answer tokens, V vocabulary, D model width,
+H query heads, K key/value heads, E head width, S key slots. A suffix is a shape: rewards_N, logits_TV. cu_seqlens are
+int32 prefix sums that start at 0. Log-probabilities are natural logs in fp32. Host tensors end in _cpu, counts start
+with num_, units are in names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UserError(Exception):
+    """Bad input, told in one line: what is wrong, where (file, row, field), what would be valid. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its reference answer, tokenised apart from each other.
+
+    Attributes:
+        uid: position of the row in its data set; keys the sampling noise.
+        prompt_ids: ids of the prompt after the chat template.
+        answer_ids: ids of the reference answer, closed by EOS.
+        hard_positions: positions in answer_ids that the data declares hard, or None where it declares nothing.
+        question: the question as shown to people.
+        answer: the answer as shown to people.
+        where: "file, row N", for messages.
+    """
+
+    uid: int
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    hard_positions: tuple[int, ...] | None
+    question: str
+    answer: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Sampled traces of P prompts, G each, as nested lists [P][G].
+
+    Attributes:
+        trace_ids: sampled ids z, without the delimiter; a sampled EOS that ended the trace is its last id.
+        logprobs: fp32 log-probability of each id of z under the sampling distribution (temperature included).
+        delimiter_logprobs: the same of the delimiter where it was sampled, None where the trace was cut.
+    """
+
+    trace_ids: list[list[list[int]]]
+    logprobs: list[list[list[float]]]
+    delimiter_logprobs: list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the reference answers at temperature 1, natural logs in fp32.
+
+    Attributes:
+        logprobs: [P][G] tensors [A_p], log c.
+        baseline_logprobs: [P] tensors [A_p], log b of the empty trace.
+    """
+
+    logprobs: list[list[Tensor]]
+    baseline_logprobs: list[Tensor]
+
+
+@dataclass(frozen=True)
+class LossTokens:
+    """Every loss token of one optimiser step, trace after trace: z, the delimiter, y*. Fixed before micro-batching.
+
+    A trace's inputs are its targets without the last one, so the same ids serve as both.
+
+    Attributes:
+        prompt_ids: [sum of prompt lengths] int64, prompt after prompt.
+        cu_prompts: [P + 1] int64.
+        targets_A: [A] int64.
+        cu_traces: [N + 1] int64 into targets_A.
+        cu_groups: [P + 1] int64 into the traces.
+        kind_A: [A] int8: TRACE, FORMAT or ANSWER.
+        weight_A: [A] fp32: advantage, format coefficient or answer weight, divided by nothing yet.
+        old_logprobs_A: [A] fp32: the sampler's log-probability (0 where nothing was sampled).
+        inv_temperature_A: [A] fp32: what logits are multiplied by.
+        normalizer: the one number that the summed loss is divided by.
+    """
+
+    prompt_ids: Tensor
+    cu_prompts: Tensor
+    targets_A: Tensor
+    cu_traces: Tensor
+    cu_groups: Tensor
+    kind_A: Tensor
+    weight_A: Tensor
+    old_logprobs_A: Tensor
+    inv_temperature_A: Tensor
+    normalizer: float
+
+
+TRACE, FORMAT, ANSWER = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Groups packed without padding: each prompt once, followed by its traces.
+
+    Attributes:
+        tokens_T: [T] int64 input ids.
+        positions_T: [T] int64; every trace goes on from the end of its prompt.
+        cu_seqlens: [S + 1] int32: segments in order, a prompt and then its traces, group after group.
+        num_traces_M: [M] int64: traces of each group in this batch.
+        hidden_A: [A] int64 into T: the hidden state that predicts a loss token. The prompt's last one serves the
+            first token of all its traces.
+        rows_A: [A] int64 into the arrays of LossTokens.
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    cu_seqlens: Tensor
+    num_traces_M: Tensor
+    hidden_A: Tensor
+    rows_A: Tensor
