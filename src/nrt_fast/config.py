@@ -78,6 +78,11 @@ PRESETS: dict[str, Objective] = {
 }  # fmt: skip
 
 
+def split_names(names: list[str] | str) -> list[str]:
+    """The names of a list, or of a comma-separated string."""
+    return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Every field of ``nrt-fast train``."""

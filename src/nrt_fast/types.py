@@ -19,6 +19,9 @@ class UserError(Exception):
     """Bad input, told in one line: what is wrong, where (file, row, field), what would be valid. Exit code 2."""
 
 
+TRACE, FORMAT, ANSWER = 0, 1, 2  # LossTokens.kind_A
+
+
 @dataclass(frozen=True)
 class Example:
     """One question with its reference answer, tokenised apart from each other.
@@ -86,6 +89,7 @@ class LossTokens:
         weight_A: [A] fp32: advantage, format coefficient or answer weight, divided by nothing yet.
         old_logprobs_A: [A] fp32: the sampler's log-probability (0 where nothing was sampled).
         inv_temperature_A: [A] fp32: what logits are multiplied by.
+        counted_A: [A] bool: some term of the loss reads the token.
         normalizer: the one number that the summed loss is divided by.
     """
 
@@ -98,24 +102,24 @@ class LossTokens:
     weight_A: Tensor
     old_logprobs_A: Tensor
     inv_temperature_A: Tensor
+    counted_A: Tensor
     normalizer: float
-
-
-TRACE, FORMAT, ANSWER = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class PackedBatch:
     """Groups packed without padding: each prompt once, followed by its traces.
 
+    Index arrays that only the host reads stay on the CPU.
+
     Attributes:
         tokens_T: [T] int64 input ids.
         positions_T: [T] int64; every trace goes on from the end of its prompt.
-        cu_seqlens: [S + 1] int32: segments in order, a prompt and then its traces, group after group.
-        num_traces_M: [M] int64: traces of each group in this batch.
+        cu_seqlens: [S + 1] int32, on the CPU: segments in order, a prompt and then its traces, group after group.
+        num_traces_M: [M] int64, on the CPU: traces of each group in this batch.
         hidden_A: [A] int64 into T: the hidden state that predicts a loss token. The prompt's last one serves the
             first token of all its traces.
-        rows_A: [A] int64 into the arrays of LossTokens.
+        rows_A: [A] int64, on the CPU, into the arrays of LossTokens.
     """
 
     tokens_T: Tensor

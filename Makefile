@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: help demo test bench starter lint core-test clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+demo: $(VENV)/installed  ## Install, then train the starter model on the built-in tasks
+	$(BIN)/nrt-fast train
+
+test: $(VENV)/installed-test  ## Install with what the tests need, then run them
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed-bench  ## Time our ops beside their peers
+	$(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+starter: $(VENV)/installed  ## Make the starter model again from its recipe
+	$(BIN)/python -m nrt_fast.starter.recipe --output_dir src/nrt_fast/starter/model
+
+lint: $(VENV)/installed-test  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+core-test:  ## Test the torch-free C++ core under AddressSanitizer and UBSan
+	cmake -S . -B build/core
+	cmake --build build/core --parallel
+	ctest --test-dir build/core --output-on-failure
+
+clean:  ## Remove the virtual environment and what was built
+	rm -rf $(VENV) build src/*.egg-info src/nrt_fast/*.so
+
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	touch $@
+
+# torch comes first, so that the isolated build of the C++ ops finds it.
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/installed-%: $(VENV)/torch $(SOURCES)
+	$(INSTALL) --editable ".[$*]"
+	touch $@

@@ -1,0 +1,144 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace nrt_fast {
+namespace {
+
+[[noreturn]] void fail(const std::string& message) {
+  throw std::invalid_argument(message);
+}
+
+std::string at(const char* name, int64_t index, int64_t value) {
+  return std::string(name) + "[" + std::to_string(index) + "] = " + std::to_string(value);
+}
+
+struct Entry {
+  int64_t prompt, first, end;
+};
+
+Entry entry_at(const PackInput& input, int64_t index) {
+  const int64_t* entry = input.entries + 3 * index;
+  return {entry[0], entry[1], entry[2]};
+}
+
+void check_offsets(const char* name, const int64_t* offsets, int64_t num_spans) {
+  if (num_spans < 0) {
+    fail(std::string(name) + " is empty: expected at least the offset 0");
+  }
+  if (offsets[0] != 0) {
+    fail(at(name, 0, offsets[0]) + ": expected 0");
+  }
+  for (int64_t i = 1; i <= num_spans; ++i) {
+    if (offsets[i] < offsets[i - 1]) {
+      fail(at(name, i, offsets[i]) + ": expected at least " + std::to_string(offsets[i - 1]));
+    }
+  }
+}
+
+void check_entry(const PackInput& input, int64_t index) {
+  const auto [prompt, first, end] = entry_at(input, index);
+  const std::string where = "entries_M3[" + std::to_string(index) + "]: ";
+  if (prompt < 0 || prompt >= input.num_prompts) {
+    fail(where + "prompt " + std::to_string(prompt) + ", expected 0 <= prompt < " + std::to_string(input.num_prompts));
+  }
+  if (first < 0 || first >= end || end > input.num_traces) {
+    fail(where + "traces " + std::to_string(first) + " to " + std::to_string(end) +
+         ", expected 0 <= first < end <= " + std::to_string(input.num_traces));
+  }
+  if (input.cu_prompts[prompt] == input.cu_prompts[prompt + 1]) {
+    fail(where + "prompt " + std::to_string(prompt) + " is empty, expected at least one token");
+  }
+  for (int64_t trace = first; trace < end; ++trace) {
+    if (input.cu_traces[trace] == input.cu_traces[trace + 1]) {
+      fail(where + "trace " + std::to_string(trace) + " is empty, expected at least one loss token");
+    }
+  }
+}
+
+}  // namespace
+
+void pack_bins(const int64_t* cost, int64_t num_costs, int64_t budget, int64_t* bin) {
+  for (int64_t i = 0; i < num_costs; ++i) {
+    if (cost[i] < 1 || cost[i] > budget) {
+      fail(at("cost_M", i, cost[i]) + ": expected 1 <= cost <= budget = " + std::to_string(budget));
+    }
+  }
+  std::vector<int64_t> order(num_costs);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [cost](int64_t a, int64_t b) { return cost[a] > cost[b]; });
+
+  std::set<std::pair<int64_t, int64_t>> open_bins;  // (room, bin)
+  int64_t num_bins = 0;
+  for (const int64_t i : order) {
+    const auto best = open_bins.lower_bound({cost[i], 0});
+    int64_t room = budget;
+    if (best == open_bins.end()) {
+      bin[i] = num_bins++;
+    } else {
+      std::tie(room, bin[i]) = *best;
+      open_bins.erase(best);
+    }
+    open_bins.emplace(room - cost[i], bin[i]);
+  }
+}
+
+PackSize pack_size(const PackInput& input) {
+  check_offsets("cu_prompts", input.cu_prompts, input.num_prompts);
+  check_offsets("cu_traces", input.cu_traces, input.num_traces);
+  PackSize size{0, 0, 0};
+  for (int64_t i = 0; i < input.num_entries; ++i) {
+    check_entry(input, i);
+    const auto [prompt, first, end] = entry_at(input, i);
+    const int64_t num_traces = end - first;
+    const int64_t num_loss_tokens = input.cu_traces[end] - input.cu_traces[first];
+    size.num_tokens += input.cu_prompts[prompt + 1] - input.cu_prompts[prompt] + num_loss_tokens - num_traces;
+    size.num_segments += 1 + num_traces;
+    size.num_loss_tokens += num_loss_tokens;
+    if (size.num_tokens > std::numeric_limits<int32_t>::max()) {
+      fail("entries_M3[" + std::to_string(i) + "]: more than 2^31 - 1 packed tokens");
+    }
+  }
+  return size;
+}
+
+void pack_index(const PackInput& input, const PackOutput& output) {
+  const int64_t num_prompt_tokens = input.cu_prompts[input.num_prompts];
+  int64_t token = 0;
+  int64_t segment = 0;
+  int64_t loss_token = 0;
+
+  const auto append_segment = [&](int64_t source, int64_t position, int64_t length) {
+    output.cu_seqlens[segment++] = static_cast<int32_t>(token);
+    std::iota(output.source + token, output.source + token + length, source);
+    std::iota(output.positions + token, output.positions + token + length, position);
+    token += length;
+  };
+
+  for (int64_t i = 0; i < input.num_entries; ++i) {
+    const auto [prompt, first, end] = entry_at(input, i);
+    const int64_t prompt_length = input.cu_prompts[prompt + 1] - input.cu_prompts[prompt];
+    append_segment(input.cu_prompts[prompt], 0, prompt_length);
+    const int64_t prompt_end = token - 1;
+    for (int64_t trace = first; trace < end; ++trace) {
+      const int64_t row = input.cu_traces[trace];
+      const int64_t num_targets = input.cu_traces[trace + 1] - row;
+      output.hidden[loss_token] = prompt_end;
+      std::iota(output.hidden + loss_token + 1, output.hidden + loss_token + num_targets, token);
+      std::iota(output.rows + loss_token, output.rows + loss_token + num_targets, row);
+      loss_token += num_targets;
+      append_segment(num_prompt_tokens + row, prompt_length, num_targets - 1);
+    }
+  }
+  output.cu_seqlens[segment] = static_cast<int32_t>(token);
+}
+
+}  // namespace nrt_fast

@@ -1,0 +1,146 @@
+"""From the configuration to the examples of a run: what to train on, and what is held out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nrt_fast.config import TrainConfig, split_names
+from nrt_fast.data.examples import HELDOUT_KEY, Examples, split_heldout
+from nrt_fast.data.limits import Limiter, Limits
+from nrt_fast.data.order import permutation
+from nrt_fast.data.read import BATCH_ROWS, Row, read_rows
+from nrt_fast.data.render import render
+from nrt_fast.data.schema import detect_schema
+from nrt_fast.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NUM_BUILTIN_ROWS = 20_000
+Source = tuple[str, Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a run.
+
+    Attributes:
+        train: examples to train on, data set after data set.
+        num_per_dataset: how many of them each data set has, as Order wants it.
+        heldout: examples kept for evaluation.
+        lines: what was detected, dropped and cut, for people.
+    """
+
+    train: Examples
+    num_per_dataset: list[int]
+    heldout: Examples
+    lines: list[str]
+
+
+class Loader:
+    """Turns data sets into Examples, all rendered and limited alike; their rows are numbered through by uid.
+
+    Args:
+        tokenizer: renders and tokenises.
+        limits: the longest prompts and answers.
+        prompt_field: field of the question, as a dotted path; detected if None.
+        answer_field: field of the reference answer, as a dotted path; detected if None.
+        chat_template_kwargs: extra arguments of the chat template.
+
+    Attributes:
+        lines: what was detected, dropped and cut, for people.
+
+    Raises:
+        UserError: chat_template_kwargs for a tokenizer without a chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        limits: Limits,
+        prompt_field: str | None = None,
+        answer_field: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ):
+        if chat_template_kwargs and tokenizer.chat_template is None:
+            raise UserError("chat_template_kwargs cannot take effect: the tokenizer has no chat template")
+        self.tokenizer, self.limits, self.chat_template_kwargs = tokenizer, limits, chat_template_kwargs
+        self.prompt_field, self.answer_field = prompt_field, answer_field
+        self.lines: list[str] = []
+        self._num_rows = 0
+
+    def load(self, name: str, rows: Iterator[Row]) -> Examples:
+        """Read one data set to its end.
+
+        Raises:
+            UserError: a row that cannot be used, or no row is left.
+        """
+        batches = iter(lambda: list(islice(rows, BATCH_ROWS)), [])
+        first = next(batches, None)
+        if first is None:
+            raise UserError(f"{name}: no rows")
+        schema = detect_schema(first, self.prompt_field, self.answer_field)
+        limiter, examples = Limiter(self.limits, self.tokenizer.bos_token_id), Examples()
+        for batch in chain([first], batches):
+            pairs = [schema.pair(row) for row in batch]
+            rendered = render(pairs, self.tokenizer, self._num_rows, self.chat_template_kwargs)
+            examples.extend(filter(None, map(limiter.fit, rendered)))
+            self._num_rows += len(batch)
+        if not examples:
+            raise UserError(f"{name}: {limiter.describe_nothing_left()}")
+        self.lines += [f"{name}: {limiter.num_rows:,} rows, {schema}", *limiter.lines()]
+        return examples
+
+
+def load_data(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", limits: Limits, num_heldout: int) -> Data:
+    """Load what a run trains on and what it is evaluated on.
+
+    Held-out examples come from eval_dataset_name, from the built-in tasks' own held-out part, or else from a seeded
+    split of the training data.
+
+    Args:
+        config: names the data sets and their fields; the built-in tasks serve where it names none.
+        tokenizer: renders and tokenises.
+        limits: the longest prompts and answers.
+        num_heldout: examples to hold out; 0 for none. There are fewer if eval_dataset_name has fewer.
+
+    Raises:
+        UserError: data that cannot be used; see Loader.
+    """
+    loader = Loader(tokenizer, limits, config.prompt_field, config.answer_field, config.chat_template_kwargs)
+    train_sources = _sources(config.dataset_name, "train", config.dataset_train_split, NUM_BUILTIN_ROWS)
+    own_heldout = config.eval_dataset_name is None and config.dataset_name is not None
+    heldout_sources = []
+    if num_heldout and not own_heldout:
+        heldout_sources = _sources(config.eval_dataset_name, "heldout", config.dataset_train_split, num_heldout)
+    datasets = [loader.load(*source) for source in train_sources]
+    heldout = Examples.join([loader.load(*source) for source in heldout_sources])
+    train, sizes = Examples.join(datasets), [len(dataset) for dataset in datasets]
+    if own_heldout:
+        return _split(train, sizes, num_heldout, config.seed, loader.lines)
+    chosen = permutation(len(heldout), config.seed, HELDOUT_KEY)[:num_heldout].tolist()
+    return Data(train, sizes, heldout.select(chosen), loader.lines)
+
+
+def _sources(dataset_name: list[str] | str | None, builtin_split: str, split: str, num_builtin_rows: int) -> list[Source]:
+    if dataset_name is None:
+        return [_builtin_source(builtin_split, num_builtin_rows)]
+    return [(name, read_rows(name, split)) for name in split_names(dataset_name)]
+
+
+def _builtin_source(split: str, num_rows: int) -> Source:
+    from nrt_fast.starter import tasks
+
+    name = f"built-in tasks ({split})"
+    rows = enumerate(tasks.rows(split, num_rows, seed=0), 1)
+    return name, (Row(fields, f"{name}, row {number}") for number, fields in rows)
+
+
+def _split(train: Examples, sizes: list[int], num_heldout: int, seed: int, lines: list[str]) -> Data:
+    """Hold out a part of the training data; every data set keeps its rows together."""
+    kept, heldout = split_heldout(len(train), num_heldout, seed)
+    num_per_dataset = np.diff(np.searchsorted(kept, np.cumsum([0, *sizes]))).tolist()
+    return Data(train.select(kept), num_per_dataset, train.select(heldout), lines)

@@ -1,0 +1,38 @@
+"""One rendered example with its boundaries: prompt | trace | delimiter | answer."""
+
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from nrt_fast.data.tokenizer import Delimiter
+from nrt_fast.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HINT = "if the chat template closes the thinking, chat_template_kwargs may leave it open (often enable_thinking)"
+
+
+def show_example(
+    example: Example, tokenizer: "PreTrainedTokenizerBase", delimiter: Delimiter, max_trace_length: int
+) -> Text:
+    """Show what the model reads and writes, hard answer tokens underlined; rich prints it plain off a terminal."""
+    text = Text(example.where)
+    _start_part(text, "prompt", f"{len(example.prompt_ids)} tokens")
+    text.append(tokenizer.decode(example.prompt_ids), "cyan")
+    _start_part(text, "trace", f"<= {max_trace_length} tokens")
+    text.append("(sampled)", "dim italic")
+    _start_part(text, "delimiter", "1 token")
+    text.append(delimiter.text, "bold magenta")
+    _start_part(text, "answer", f"{len(example.answer_ids)} tokens")
+    hard_positions = example.hard_positions or ()
+    for hard, run in groupby(enumerate(example.answer_ids), lambda item: item[0] in hard_positions):
+        text.append(tokenizer.decode([token_id for _, token_id in run]), "green underline" if hard else "green")
+    if delimiter.id in example.prompt_ids:
+        text.append(f"\nnote: the prompt holds {delimiter.text} already; {HINT}", "yellow")
+    return text
+
+
+def _start_part(text: Text, label: str, size: str) -> None:
+    text.append(f"\n{label:<9} {size:>14} | ", "bold")

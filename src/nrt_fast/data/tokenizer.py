@@ -1,0 +1,113 @@
+"""The tokenizer, and the one token of it that ends a trace."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nrt_fast.data.read import one_line
+from nrt_fast.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_THINKING = "</think>"
+RESERVED = re.compile(r"(<\|?|\[)(reserved|reserved_special_token|unused|control|special)_?(?P<number>\d+)(\|?>|\])", re.I)
+"""Llama 3's <|reserved_special_token_0|>, Mistral's [control_8] and <SPECIAL_20>, Gemma's <unused0>, ..."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Delimiter:
+    """The token that ends a trace and starts the answer.
+
+    Attributes:
+        id: its token id.
+        text: its text.
+        added: whether it was added to the tokenizer, so that the model may have no row for it yet.
+    """
+
+    id: int
+    text: str
+    added: bool
+
+
+def load_tokenizer(model_name_or_path: str) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a Hugging Face folder or hub id; no code of the model's own is run.
+
+    Raises:
+        UserError: there is none, it cannot be loaded, or it has no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(model_name_or_path).expanduser()
+    if folder.is_dir():
+        if not any((folder / name).exists() for name in TOKENIZER_FILES):
+            raise UserError(f"{model_name_or_path}: no tokenizer in this folder; a tokenizer.json is looked for")
+        model_name_or_path = str(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, trust_remote_code=False)
+    except Exception as error:  # The tokenizers library raises plain Exception for a damaged file.
+        raise UserError(f"{model_name_or_path}: its tokenizer cannot be loaded ({one_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{model_name_or_path}: the tokenizer has no eos_token, which closes every answer")
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+    """Check that every id of the tokenizer has a row in a model of vocab_size rows. To be called before adding any.
+
+    Raises:
+        UserError: it has ids beyond them.
+    """
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= vocab_size:
+        raise UserError(
+            f"vocabulary mismatch: the tokenizer's highest id is {highest} ({token!r}), "
+            f"but the model has {vocab_size} rows (ids 0 to {vocab_size - 1})"
+        )
+
+
+def choose_delimiter(tokenizer: "PreTrainedTokenizerBase", delimiter: str | None = None) -> Delimiter:
+    """Choose the token that ends a trace: the named one, else </think>, else a reserved token, else a new </think>.
+
+    A new token is added to the tokenizer in place.
+
+    Raises:
+        UserError: the named delimiter is not exactly one token, or it is BOS, EOS or the unknown token.
+    """
+    if delimiter is not None:
+        return Delimiter(_single_id(tokenizer, delimiter), delimiter, added=False)
+    for text in (END_OF_THINKING, *reserved_tokens(tokenizer)):
+        if text in tokenizer.get_vocab():
+            return Delimiter(tokenizer.convert_tokens_to_ids(text), text, added=False)
+    tokenizer.add_tokens([END_OF_THINKING], special_tokens=True)
+    return Delimiter(tokenizer.convert_tokens_to_ids(END_OF_THINKING), END_OF_THINKING, added=True)
+
+
+def reserved_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Tokens that the tokenizer keeps for later use, in the order of their ids."""
+    vocabulary = tokenizer.get_vocab()
+    return sorted(filter(RESERVED.fullmatch, vocabulary), key=vocabulary.get)
+
+
+def _single_id(tokenizer: "PreTrainedTokenizerBase", delimiter: str) -> int:
+    ids = tokenizer(delimiter, add_special_tokens=False)["input_ids"]
+    if delimiter in tokenizer.get_vocab():
+        ids = [tokenizer.convert_tokens_to_ids(delimiter)]
+    taken = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    if len(ids) == 1 and ids[0] not in taken:
+        return ids[0]
+    pieces = " ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
+    problem = f"is {len(ids)} tokens ({pieces})" if len(ids) != 1 else f"is {pieces}, which has another use"
+    raise UserError(
+        f"delimiter {delimiter!r} {problem}; one token is needed, for example {_examples(tokenizer)}, "
+        f"or no delimiter at all: then {END_OF_THINKING} is added where nothing is reserved"
+    )
+
+
+def _examples(tokenizer: "PreTrainedTokenizerBase") -> str:
+    taken = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
+    special = [token for token in tokenizer.get_added_vocab() if token not in taken]
+    known = [END_OF_THINKING] if END_OF_THINKING in tokenizer.get_vocab() else []
+    return " ".join(list(dict.fromkeys([*known, *reserved_tokens(tokenizer), *special]))[:4]) or "(none reserved here)"

@@ -1,0 +1,134 @@
+"""One decoder, three ways through it: extend (prefill, scoring), decode (extend by one) and packed (training).
+
+All three run the same layers on flat tokens [T, D]; they differ in where attention finds its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nrt_fast import ops
+from nrt_fast.kv_cache import Segment
+from nrt_fast.model.attend import CachedAttention, PackedAttention
+from nrt_fast.model.config import ModelConfig
+from nrt_fast.model.weights import EMBED, FINAL_NORM, HEAD, OwnedWeights, SharedWeights
+from nrt_fast.types import PackedBatch
+
+# (layer, q_THE, k_TKE, v_TKE) -> [T, H, E]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection stored as one fused weight or as several; biases match, or there are none."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        biases = self.biases or (None,) * len(self.weights)
+        outputs = [F.linear(x, weight, bias) for weight, bias in zip(self.weights, biases, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Parameters of one layer."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """The forward passes over one set of parameters.
+
+    Attributes:
+        config: the model's shape.
+        weights: where the parameters live.
+    """
+
+    def __init__(self, config: ModelConfig, weights: OwnedWeights | SharedWeights):
+        self.config = config
+        self.weights = weights
+        (self.embed,) = weights.group(EMBED)
+        (self.head,) = (self.embed,) if config.tie_word_embeddings else weights.group(HEAD)
+        (self.final_norm,) = weights.group(FINAL_NORM)
+        self.layers = [self._layer(f"model.layers.{index}.") for index in range(config.num_layers)]
+        self.inv_freq = config.inv_freq.to(self.embed.device)
+
+    def _layer(self, prefix: str) -> Layer:
+        def linear(*names: str) -> Linear:
+            group = self.weights.group
+            return Linear(
+                group(*(f"{prefix}{name}.weight" for name in names)), group(*(f"{prefix}{name}.bias" for name in names))
+            )
+
+        def norm(name: str) -> Tensor | None:
+            return next(iter(self.weights.group(f"{prefix}{name}.weight")), None)
+
+        return Layer(
+            input_norm=norm("input_layernorm"),
+            qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            q_norm=norm("self_attn.q_norm"),
+            k_norm=norm("self_attn.k_norm"),
+            out=linear("self_attn.o_proj"),
+            post_norm=norm("post_attention_layernorm"),
+            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
+            down=linear("mlp.down_proj"),
+        )
+
+    @torch.no_grad()
+    def extend(self, tokens_T: Tensor, num_new_PG: Tensor, own: Segment, prefix: Segment | None) -> Tensor:
+        """Run new tokens on top of what the cache holds; their keys and values go to the rows' next slots.
+
+        Lengths do not change: the caller keeps what it wants with ``own.advance``. No gradient.
+
+        Args:
+            tokens_T: [T] int64, row after row, ``num_new_PG`` tokens each.
+            num_new_PG: [P, G] int64 on the CPU.
+            own: rows to append to, with room for the new tokens.
+            prefix: one row per group that all of the group's rows go on from, or None.
+
+        Returns:
+            [T, D] final hidden states, normed.
+        """
+        reads = CachedAttention(self.config, num_new_PG, own, prefix)
+        return self._forward(tokens_T, reads.positions_T, reads)
+
+    def packed(self, batch: PackedBatch) -> Tensor:
+        """Training forward with autograd over packed groups: [T, D] final hidden states, normed."""
+        return self._forward(batch.tokens_T, batch.positions_T, PackedAttention(self.config, batch))
+
+    def _forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        x = F.embedding(tokens_T, self.embed)
+        angles = positions_T[:, None] * self.inv_freq
+        angles = torch.cat([angles, angles], dim=-1)
+        cos, sin = ((f * self.config.rope_scale).to(x.dtype) for f in (angles.cos(), angles.sin()))
+        for index, layer in enumerate(self.layers):
+            x = x + self._attention(index, layer, self._norm(x, layer.input_norm), cos, sin, attend)
+            gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
+            x = x + layer.down(ops.swiglu(gate, up))
+        return self._norm(x, self.final_norm)
+
+    def _attention(self, index: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        qkv = layer.qkv(x).view(-1, heads + 2 * kv_heads, head_dim)
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        if self.config.qk_norm:
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        out = attend(index, ops.rotate(q, cos, sin), ops.rotate(k, cos, sin), v)
+        return layer.out(out.reshape(-1, heads * head_dim))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return ops.rms_norm(x, weight, self.config.rms_norm_eps)

@@ -1,0 +1,192 @@
+"""Recipe of the starter model: `python -m nrt_fast.starter.recipe --output_dir FOLDER` builds it from nothing.
+
+The starter is pretrained on documents `question <think> trace </think> answer`, in which useful thinking is a weak habit:
+most traces ramble or repeat the question, and the answer after them is a guess. Native Reasoning Training then has something
+to cultivate. It never sees these documents, only the questions and answers of `tasks.rows`.
+"""
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nrt_fast.starter import MODEL_DIR, tasks
+
+PAD, UNK, BOS, EOS, THINK, END = SPECIAL_TOKENS = ["<pad>", "<unk>", "<bos>", "<eos>", "<think>", "</think>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' " + EOS + "' }}"
+    "{% else %}{{ '" + BOS + " ' + message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' " + THINK + "' }}{% endif %}"
+)
+STYLES = {"ramble": 40, "echo": 10, "careful": 22, "sloppy": 10, "lazy": 10, "empty": 8}
+"""How often each style of thinking occurs, in percent. A greedy reader of these documents would ramble."""
+SLIP_RATE = 0.2
+RAMBLES = {
+    "hmm": "let me see",
+    "see": "this is a hard one",
+    "one": "could think about this for a while",
+    "while": "it looks easy at first",
+    "first": "let me just guess",
+    "guess": "maybe it is fine",
+    "fine": "i do not know",
+}
+IGNORE = -100
+
+
+def ramble(rng: random.Random) -> str:
+    """Talk without content: a few of the empty phrases, in any order."""
+    return " , ".join(["hmm", *rng.sample(list(RAMBLES.values()), rng.randrange(1, 4))])
+
+
+def echo(rng: random.Random, question: str) -> str:
+    """Repeat a piece of the question."""
+    words = question.split()
+    start = rng.randrange(len(words) - 3)
+    return " ".join(["well", *words[start : start + rng.randrange(3, 9)]])
+
+
+def slip(rng: random.Random) -> tasks.Step:
+    """Make a thinker who sometimes writes down another result than the right one."""
+    return lambda right, options: rng.choice(options) if rng.random() < SLIP_RATE else right
+
+
+def think(rng: random.Random, problem: tasks.Problem) -> tuple[str, list[str]]:
+    """Draw a trace in one of the styles, and the hard words of the answer that it leads to."""
+    guess = [rng.choice(options) for options in problem.options]
+    style = rng.choices(list(STYLES), STYLES.values())[0]
+    if style == "empty":
+        return "", guess
+    if style == "ramble":
+        return ramble(rng), guess
+    if style == "echo":
+        return echo(rng, problem.question), guess
+    lines, results = problem.think(slip(rng) if style == "sloppy" else tasks.careful)
+    if style == "lazy":
+        lines, results = lines[: rng.randrange(1, len(lines))], guess
+    return "so " + " , ".join(lines), results
+
+
+def document(rng: random.Random, problem: tasks.Problem) -> tuple[str, str]:
+    """Write one document as (prompt, continuation)."""
+    trace, hard_words = think(rng, problem)
+    answer = problem.sentence.format(*hard_words)
+    return f"{BOS} {problem.question} {THINK}", " ".join(f"{trace} {END} {answer} {EOS}".split())
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Collect every word of the documents into a word-level tokenizer."""
+    rng, source = random.Random(0), tasks.problems("train", 0)
+    words = {word for _ in range(20_000) for text in document(rng, next(source)[1]) for word in text.split()}
+    vocabulary = {word: index for index, word in enumerate(SPECIAL_TOKENS + sorted(words - set(SPECIAL_TOKENS)))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        additional_special_tokens=[THINK, END],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(vocab_size: int) -> LlamaForCausalLM:
+    """Make the untrained starter: 0.8 M parameters, four layers."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=SPECIAL_TOKENS.index(BOS),
+            eos_token_id=SPECIAL_TOKENS.index(EOS),
+            pad_token_id=SPECIAL_TOKENS.index(PAD),
+        )
+    )
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw padded batches of (token ids, labels), both [batch_size, longest]; prompts carry no label."""
+    rng, source = random.Random(seed), tasks.problems("train", seed)
+    vocabulary = tokenizer.get_vocab()
+    while True:
+        documents = [document(rng, next(source)[1]) for _ in range(batch_size)]
+        ids = [[vocabulary[word] for word in f"{prompt} {rest}".split()] for prompt, rest in documents]
+        ids_BT = torch.full((batch_size, max(map(len, ids))), tokenizer.pad_token_id)
+        labels_BT = torch.full_like(ids_BT, IGNORE)
+        for index, (tokens, (prompt, _)) in enumerate(zip(ids, documents)):
+            prompt_length = len(prompt.split())
+            ids_BT[index, : len(tokens)] = torch.tensor(tokens)
+            labels_BT[index, prompt_length : len(tokens)] = torch.tensor(tokens[prompt_length:])
+        yield ids_BT, labels_BT
+
+
+def learning_rate_factor(step: int, num_steps: int) -> float:
+    """Warm up linearly over the first 100 steps, then follow a cosine to a twentieth."""
+    return min((step + 1) / 100, 0.525 + 0.475 * math.cos(math.pi * step / num_steps))
+
+
+def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_steps: int, batch_size: int, seed: int) -> None:
+    """Train on freshly drawn documents with plain cross-entropy; no padding mask is needed, as padding comes last."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, num_steps))
+    for step, (ids_BT, labels_BT) in zip(range(num_steps), batches(tokenizer, batch_size, seed)):
+        loss = model(input_ids=ids_BT, labels=labels_BT).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"step {step:5d}  loss {loss.item():.3f}", flush=True)
+
+
+def patch_json(path: Path, **fields: object) -> None:
+    """Overwrite some fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2) + "\n")
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
+    """Save a Hugging Face folder that transformers 4 and 5 both load, with weights in bfloat16."""
+    model.to(torch.bfloat16).save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    (output_dir / "chat_template.jinja").unlink(missing_ok=True)
+    patch_json(
+        output_dir / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", chat_template=CHAT_TEMPLATE
+    )
+
+
+def main() -> None:
+    """Build the starter from nothing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=MODEL_DIR)
+    parser.add_argument("--num_steps", type=int, default=4000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(True)
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    pretrain(model, tokenizer, args.num_steps, args.batch_size, args.seed)
+    save(model, tokenizer, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Built-in task family: five kinds of small word problems that thinking makes easy and guessing does not.
+
+Every problem knows its question, its answer sentence with the hard words left open, and how to work it out step by step.
+Training sees `rows` alone: question, answer, and where the hard words are. The steps serve only the recipe of the starter.
+"""
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "heldout"]
+Step = Callable[[str, list[str]], str]
+"""(right result, possible results) -> the result that is written down: a careful thinker returns the right one."""
+
+NAMES = "ann bob cid dan eve fay gus hal ida joe".split()
+THINGS = "cup hat map key pen bag box toy".split()
+CITIES = "rome oslo lima bonn cork nice bern baku".split()
+SIDES = ["heads", "tails"]
+DIGITS = list("0123456789")
+LETTERS = list("abcdefghijklmnopqrstuvwxyz")
+WORDS = (
+    "tiger maple lemon cloud storm river piano candle window garden silver market bridge forest pepper rabbit "
+    "ticket orange castle pocket velvet dragon island mirror basket hammer blanket crystal feather meadow thunder anchor "
+    "alpha tango disco bongo yoga khaki kiwi grass cross chef leaf golf flash beach math drum"
+).split()
+OPERATIONS = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
+HELDOUT_EVERY = 10
+
+
+def careful(right: str, _options: list[str]) -> str:
+    """Take every step as it should be taken."""
+    return right
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Three operations modulo ten on a start digit."""
+
+    start: int
+    operations: list[tuple[str, int]]
+    sentence = "the answer to this question is {} ."
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> "Chain":
+        return cls(rng.randrange(10), [(rng.choice(list(OPERATIONS)), rng.randrange(1, 10)) for _ in range(3)])
+
+    @property
+    def question(self) -> str:
+        return f"take {self.start} " + " ".join(f"{name} {operand}" for name, operand in self.operations) + " ?"
+
+    @property
+    def options(self) -> list[list[str]]:
+        return [DIGITS]
+
+    def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
+        value, lines = str(self.start), []
+        for name, operand in self.operations:
+            result = step(str(OPERATIONS[name](int(value), operand) % 10), DIGITS)
+            lines.append(f"{value} {name} {operand} is {result}")
+            value = result
+        return lines, [value]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Two hops: from a person to a thing, from the thing to a city. All facts are shuffled."""
+
+    owned: dict[str, str]
+    places: dict[str, str]
+    facts: list[str]
+    person: str
+    sentence = "that thing comes from {} ."
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> "Lookup":
+        people, things, cities = (rng.sample(words, 4) for words in (NAMES, THINGS, CITIES))
+        owned, places = dict(zip(people, things)), dict(zip(things, cities))
+        facts = [f"{who} has {what}" for who, what in owned.items()] + [f"{what} from {at}" for what, at in places.items()]
+        rng.shuffle(facts)
+        return cls(owned, places, facts, rng.choice(people))
+
+    @property
+    def question(self) -> str:
+        return " , ".join(self.facts) + f" , where is that of {self.person} from ?"
+
+    @property
+    def options(self) -> list[list[str]]:
+        return [list(self.places.values())]
+
+    def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
+        thing = step(self.owned[self.person], list(self.owned.values()))
+        city = step(self.places[thing], list(self.places.values()))
+        return [f"{self.person} has {thing}", f"{thing} from {city}"], [city]
+
+
+@dataclass(frozen=True)
+class Letters:
+    """Last letters of two words, both moved some places along the alphabet."""
+
+    words: list[str]
+    shift: int
+    sentence = "the letters are {} and {} ."
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> "Letters":
+        return cls(rng.sample(WORDS, 2), rng.randrange(1, 5))
+
+    @property
+    def question(self) -> str:
+        return f"move the last letters of {self.words[0]} and {self.words[1]} forward by {self.shift} ."
+
+    @property
+    def options(self) -> list[list[str]]:
+        return [LETTERS, LETTERS]
+
+    def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
+        lines, results = [], []
+        for word in self.words:
+            last = step(word[-1], LETTERS)
+            results.append(step(LETTERS[(LETTERS.index(last) + self.shift) % 26], LETTERS))
+            lines.append(f"{word} ends in {last} plus {self.shift} is {results[-1]}")
+        return lines, results
+
+
+@dataclass(frozen=True)
+class Coin:
+    """A coin that some people flip and others leave alone."""
+
+    side: str
+    actions: list[tuple[str, str]]
+    sentence = "in the end the coin shows {} ."
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> "Coin":
+        return cls(rng.choice(SIDES), [(name, rng.choice(["flips", "waits"])) for name in rng.sample(NAMES, 4)])
+
+    @property
+    def question(self) -> str:
+        return f"a coin shows {self.side} , " + " , ".join(map(" ".join, self.actions)) + " , what does it show ?"
+
+    @property
+    def options(self) -> list[list[str]]:
+        return [SIDES]
+
+    def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
+        side, lines = self.side, [f"shows {self.side}"]
+        for name, action in self.actions:
+            side = step(SIDES[(SIDES.index(side) + (action == "flips")) % 2], SIDES)
+            lines.append(f"{name} {action} {side}")
+        return lines, [side]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A queue told in shuffled pairs: who stands in a given place?"""
+
+    queue: list[str]
+    facts: list[str]
+    place: int
+    sentence = "the one in that place is {} ."
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> "Order":
+        queue = rng.sample(NAMES, 5)
+        facts = [f"{front} before {back}" for front, back in zip(queue, queue[1:])]
+        rng.shuffle(facts)
+        return cls(queue, facts, rng.randrange(3, 6))
+
+    @property
+    def question(self) -> str:
+        return f"{self.queue[0]} is 1 , " + " , ".join(self.facts) + f" , who is {self.place} ?"
+
+    @property
+    def options(self) -> list[list[str]]:
+        return [self.queue[1:]]
+
+    def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
+        name, lines = self.queue[0], [f"{self.queue[0]} is 1"]
+        for place in range(2, self.place + 1):
+            behind = dict(zip(self.queue, self.queue[1:])).get(name, self.queue[1])
+            name = step(behind, self.queue[1:])
+            lines.append(f"{name} is {place}")
+        return lines, [name]
+
+
+Problem = Chain | Lookup | Letters | Coin | Order
+FAMILIES: dict[str, type[Problem]] = {
+    "chain": Chain,
+    "lookup": Lookup,
+    "letters": Letters,
+    "coin": Coin,
+    "order": Order,
+}
+
+
+def split_of(question: str) -> Split:
+    """Say which split a question belongs to: a hash of its text decides, so the two can never share one."""
+    return "heldout" if zlib.crc32(question.encode()) % HELDOUT_EVERY == 0 else "train"
+
+
+def problems(split: Split, seed: int) -> Iterator[tuple[str, Problem]]:
+    """Draw (family, problem) pairs of one split without end; the families take turns."""
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        for family, kind in FAMILIES.items():
+            problem = kind.draw(rng)
+            while split_of(problem.question) != split:
+                problem = kind.draw(rng)
+            yield family, problem
+
+
+def row(family: str, problem: Problem) -> dict:
+    """Turn a problem into what training and evaluation may see."""
+    hard_words = problem.think()[1]
+    answer, spans = "", []
+    for text, word in zip(problem.sentence.split("{}"), [*hard_words, ""]):
+        answer += text
+        spans.append([len(answer), len(answer) + len(word)])
+        answer += word
+    return {"question": problem.question, "answer": answer, "family": family, "hard_spans": spans[:-1]}
+
+
+def rows(split: Split, num_rows: int, seed: int) -> list[dict]:
+    """Make `num_rows` rows, the same for the same arguments on every machine.
+
+    Train and held-out questions are disjoint, and no held-out question comes twice.
+
+    Returns:
+        Rows with `question`, `answer`, `family` and `hard_spans`, the character spans of the answer's hard words.
+    """
+    made: list[dict] = []
+    seen: set[str] = set()
+    source = problems(split, seed)
+    while len(made) < num_rows:
+        family, problem = next(source)
+        if split == "train" or problem.question not in seen:
+            seen.add(problem.question)
+            made.append(row(family, problem))
+    return made

@@ -1,0 +1,120 @@
+"""Log-probability of one target per row of logits: ``logprob = x[target] - log sum exp(x)``, x = inv_temperature logits.
+
+Forward reads each logit once (online log-sum-exp), backward reads it once and writes its gradient in its place,
+``grad inv_temperature (onehot(target) - softmax(x))``. Per row of V logits of b bytes: V b forward, 2 V b backward. All
+arithmetic is fp32, with one rounding to the logits' dtype; offsets are 64-bit, for N V exceeds int32 from N = 16,745 at
+V = 128,256. A target outside [0, V) gives NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MAX_BLOCK_V = 4096
+NUM_WARPS = 8
+
+
+@triton.jit
+def logsoftmax_gather_fwd_kernel(
+    logits_ptr, target_ptr, inv_temperature_ptr, logprob_ptr, lse_ptr, stride_n, V, BLOCK_V: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride_n
+    inv_temperature = tl.load(inv_temperature_ptr + row)
+    peak = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(0, V, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        x = tl.load(logits_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32) * inv_temperature
+        new_peak = tl.maximum(peak, tl.max(x, axis=0))
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # -inf - -inf would be NaN
+        total = total * tl.exp(peak - shift) + tl.sum(tl.exp(x - shift), axis=0)
+        peak = new_peak
+    lse = peak + tl.log(total)
+    target = tl.load(target_ptr + row)
+    valid = (target >= 0) & (target < V)
+    x_target = tl.load(logits_ptr + target, mask=valid, other=float("nan")).to(tl.float32) * inv_temperature
+    tl.store(logprob_ptr + row, x_target - lse)
+    tl.store(lse_ptr + row, lse)
+
+
+@triton.jit
+def logsoftmax_gather_bwd_kernel(
+    logits_ptr, target_ptr, inv_temperature_ptr, lse_ptr, grad_ptr, stride_n, V, BLOCK_V: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride_n
+    inv_temperature = tl.load(inv_temperature_ptr + row)
+    target = tl.load(target_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    scale = tl.load(grad_ptr + row) * inv_temperature
+    for start in range(0, V, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        x = tl.load(logits_ptr + columns, mask=columns < V, other=0.0).to(tl.float32) * inv_temperature
+        onehot = tl.where(columns == target, 1.0, 0.0)
+        tl.store(logits_ptr + columns, scale * (onehot - tl.exp(x - lse)), mask=columns < V)
+
+
+def logsoftmax_gather_fwd(logits_NV: Tensor, target_N: Tensor, inv_temperature_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and log-sum-exp of each row, [N] fp32; logits with unit stride along V."""
+    N, V = logits_NV.shape
+    logprob_N = torch.empty(N, dtype=torch.float32, device=logits_NV.device)
+    lse_N = torch.empty_like(logprob_N)
+    if N:
+        logsoftmax_gather_fwd_kernel[(N,)](
+            logits_NV, target_N, inv_temperature_N, logprob_N, lse_N, logits_NV.stride(0), V,
+            BLOCK_V=_block_size(V), num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return logprob_N, lse_N
+
+
+def logsoftmax_gather_bwd_(
+    logits_NV: Tensor, target_N: Tensor, inv_temperature_N: Tensor, lse_N: Tensor, grad_N: Tensor
+) -> None:
+    """Overwrite logits_NV with their gradient, given that of the log-probabilities, [N] fp32."""
+    N, V = logits_NV.shape
+    if N:
+        logsoftmax_gather_bwd_kernel[(N,)](
+            logits_NV, target_N, inv_temperature_N, lse_N, grad_N, logits_NV.stride(0), V,
+            BLOCK_V=_block_size(V), num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def _block_size(V: int) -> int:
+    return min(triton.next_power_of_2(V), MAX_BLOCK_V)
+
+
+class _LogsoftmaxGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_NV, target_N, inv_temperature_N):
+        logprob_N, lse_N = logsoftmax_gather_fwd(logits_NV, target_N, inv_temperature_N)
+        ctx.save_for_backward(logits_NV, target_N, inv_temperature_N, lse_N)
+        return logprob_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N):
+        logits_NV, *saved = ctx.saved_tensors
+        logsoftmax_gather_bwd_(logits_NV, *saved, grad_N.contiguous())
+        torch.autograd.graph.increment_version(logits_NV)  # a second backward raises instead of reading gradients
+        return logits_NV, None, None
+
+
+def logsoftmax_gather(logits_NV: Tensor, target_N: Tensor, inv_temperature_N: Tensor | None = None) -> Tensor:
+    """``log softmax(inv_temperature * logits)[target]`` of every row; backward overwrites the logits.
+
+    Args:
+        logits_NV: [N, V] fp32, fp16 or bf16; copied if its rows are not dense.
+        target_N: [N] int64.
+        inv_temperature_N: [N] fp32; 1 if absent.
+
+    Returns:
+        logprob_N: [N] fp32 natural logs.
+    """
+    if logits_NV.stride(1) != 1 or logits_NV.stride(0) < logits_NV.shape[1]:
+        logits_NV = logits_NV.contiguous()
+    if inv_temperature_N is None:
+        inv_temperature_N = torch.ones(len(logits_NV), device=logits_NV.device)
+    return _LogsoftmaxGather.apply(logits_NV, target_N.contiguous(), inv_temperature_N.contiguous())
