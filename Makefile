@@ -1,8 +1,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+
+# Bytecode is made where it is first used: making all of torch's at the install would take most of its time.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help demo test bench starter lint core-test clean
 

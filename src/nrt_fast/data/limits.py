@@ -30,7 +30,9 @@ class Limiter:
     """
 
     def __init__(self, limits: Limits, bos_id: int | None):
-        self.limits, self.bos_id = limits, bos_id
+        self.bos_id = bos_id
+        self.limit = {"prompt": limits.max_prompt_length, "answer": limits.max_answer_length}
+        self.action = {"prompt": limits.overlong_prompts, "answer": limits.overlong_answers}
         self.num_rows = 0
         self.num_overlong: Counter[str] = Counter()
         self.shortest: dict[str, int] = {}
@@ -42,43 +44,36 @@ class Limiter:
             UserError: it is too long, and that is to be an error.
         """
         self.num_rows += 1
-        limits = self.limits
-        prompt = self._check(example, "prompt", len(example.prompt_ids), limits.max_prompt_length, limits.overlong_prompts)
-        answer = self._check(example, "answer", len(example.answer_ids), limits.max_answer_length, limits.overlong_answers)
-        if "drop" in (prompt, answer):
+        lengths = {"prompt": len(example.prompt_ids), "answer": len(example.answer_ids)}
+        self.shortest = {part: min(length, self.shortest.get(part, length)) for part, length in lengths.items()}
+        overlong = [part for part, length in lengths.items() if length > self.limit[part]]
+        self.num_overlong.update(overlong)
+        for part in overlong:
+            if self.action[part] == "error":
+                raise UserError(
+                    f"{example.where}: the {part} has {lengths[part]} tokens, max_{part}_length is {self.limit[part]}"
+                )
+        if any(self.action[part] == "drop" for part in overlong):
             return None
-        return self._truncate(example) if prompt == "truncate_left" else example
+        return self._truncate(example) if overlong else example
 
     def lines(self) -> list[str]:
         """The counts, for people."""
-        actions = {"prompt": self.limits.overlong_prompts, "answer": self.limits.overlong_answers}
         verbs = {"drop": "dropped", "truncate_left": "cut the start of"}
         return [
-            f"{verbs[actions[part]]} {num:,} of {self.num_rows:,} rows: {part} over {self._limit(part)} tokens"
+            f"{verbs[self.action[part]]} {num:,} of {self.num_rows:,} rows: {part} over {self.limit[part]} tokens"
             for part, num in self.num_overlong.items()
         ]
 
     def describe_nothing_left(self) -> str:
         """Why no row is left, and from which limits on one would be."""
         shortest = (
-            f"the shortest {part} has {length} tokens, max_{part}_length is {self._limit(part)}"
+            f"the shortest {part} has {length} tokens, max_{part}_length is {self.limit[part]}"
             for part, length in self.shortest.items()
         )
         return f"all {self.num_rows:,} rows are over the limits ({'; '.join(shortest)})"
 
-    def _limit(self, part: str) -> int:
-        return self.limits.max_prompt_length if part == "prompt" else self.limits.max_answer_length
-
-    def _check(self, example: Example, part: str, length: int, limit: int, action: str) -> str | None:
-        self.shortest[part] = min(length, self.shortest.get(part, length))
-        if length <= limit:
-            return None
-        if action == "error":
-            raise UserError(f"{example.where}: the {part} has {length} tokens, max_{part}_length is {limit}")
-        self.num_overlong[part] += 1
-        return action
-
     def _truncate(self, example: Example) -> Example:
         start = example.prompt_ids[:1] if example.prompt_ids[0] == self.bos_id else []
-        end = len(example.prompt_ids) - (self.limits.max_prompt_length - len(start))
+        end = len(example.prompt_ids) - (self.limit["prompt"] - len(start))
         return replace(example, prompt_ids=start + example.prompt_ids[end:])

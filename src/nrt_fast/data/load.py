@@ -111,11 +111,12 @@ def load_data(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", limits:
         UserError: data that cannot be used; see Loader.
     """
     loader = Loader(tokenizer, limits, config.prompt_field, config.answer_field, config.chat_template_kwargs)
-    train_sources = _sources(config.dataset_name, "train", config.dataset_train_split, NUM_BUILTIN_ROWS)
+    split = config.dataset_train_split
+    train_sources = _sources(config.dataset_name, split) or [_builtin_source("train", NUM_BUILTIN_ROWS)]
     own_heldout = config.eval_dataset_name is None and config.dataset_name is not None
     heldout_sources = []
     if num_heldout and not own_heldout:
-        heldout_sources = _sources(config.eval_dataset_name, "heldout", config.dataset_train_split, num_heldout)
+        heldout_sources = _sources(config.eval_dataset_name, split) or [_builtin_source("heldout", num_heldout)]
     datasets = [loader.load(*source) for source in train_sources]
     heldout = Examples.join([loader.load(*source) for source in heldout_sources])
     train, sizes = Examples.join(datasets), [len(dataset) for dataset in datasets]
@@ -125,10 +126,8 @@ def load_data(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", limits:
     return Data(train, sizes, heldout.select(chosen), loader.lines)
 
 
-def _sources(dataset_name: list[str] | str | None, builtin_split: str, split: str, num_builtin_rows: int) -> list[Source]:
-    if dataset_name is None:
-        return [_builtin_source(builtin_split, num_builtin_rows)]
-    return [(name, read_rows(name, split)) for name in split_names(dataset_name)]
+def _sources(dataset_name: list[str] | str | None, split: str) -> list[Source]:
+    return [(name, read_rows(name, split)) for name in split_names(dataset_name or [])]
 
 
 def _builtin_source(split: str, num_rows: int) -> Source:

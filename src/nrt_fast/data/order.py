@@ -52,8 +52,7 @@ class Order:
         sizes = num_per_dataset if weights is not None else [sum(num_per_dataset)]
         if min(sizes, default=0) < 1:
             raise UserError(f"a data set has no rows left to train on (rows: {num_per_dataset})")
-        starts = np.cumsum([0, *sizes]).tolist()
-        self._walks = [_Walk(start, size, (seed, pool)) for pool, (start, size) in enumerate(zip(starts, sizes))]
+        self._walks = [_Walk(sum(sizes[:pool]), size, (seed, pool)) for pool, size in enumerate(sizes)]
         self._shares = np.array(weights or [1.0], dtype=np.float64)
         self._shares /= self._shares.sum()
 
@@ -84,7 +83,7 @@ class Order:
         sizes = [walk.size for walk in self._walks]
         if state["sizes"] != sizes:
             raise UserError(f"the data changed since the checkpoint: {state['sizes']} rows then, {sizes} now")
-        for walk, drawn in zip(self._walks, state["drawn"]):
+        for walk, drawn in zip(self._walks, state["drawn"], strict=True):
             walk.drawn = drawn
 
     def _next_pool(self) -> int:

@@ -29,7 +29,7 @@ class Row(NamedTuple):
 def read_rows(name: str, split: str = "train") -> Iterator[Row]:
     """Open a data set and return its rows one by one.
 
-    Rows are numbered from 1: by the line they start on in JSONL and CSV (whose header is line 1), by position elsewhere.
+    Rows are numbered from 1: by the line they start on in JSONL and CSV (its header is line 1), by position elsewhere.
 
     Args:
         name: a path ending in .jsonl, .json, .csv or .parquet, each also with .gz; a folder of data files or one saved
@@ -71,7 +71,7 @@ def _describe_missing(path: Path, name: str) -> str:
 def _read_file(path: Path, name: str) -> Iterator[Row]:
     suffix = _suffix(path)
     if not suffix:
-        raise UserError(f"{name}: unknown kind of file; its name should end in {', '.join(READERS)}, each also with .gz")
+        raise UserError(f"{name}: unknown kind of file; one of {' '.join(READERS)}, also with .gz, is expected")
     return _read_open(path, name, READERS[suffix])
 
 
@@ -156,7 +156,7 @@ def _with_start_lines(reader) -> Iterator[tuple[int, list[str]]]:
 def _named_cells(header: list[str], cells: list[str], where: str) -> dict[str, str]:
     if len(cells) != len(header):
         raise UserError(f"{where}: {len(cells)} cells, but the header names {len(header)} ({', '.join(header)})")
-    return dict(zip(header, cells))
+    return dict(zip(header, cells, strict=True))
 
 
 def _read_parquet(file: BinaryIO, name: str) -> Iterator[Row]:

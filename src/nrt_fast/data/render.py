@@ -33,11 +33,12 @@ def render(
     Raises:
         UserError: the chat template refuses a prompt, or a prompt or an answer is no token at all.
     """
-    prompts = encode_prompts([pair.messages for pair in pairs], tokenizer, chat_template_kwargs, [p.where for p in pairs])
+    conversations, where = [pair.messages for pair in pairs], [pair.where for pair in pairs]
+    prompts = encode_prompts(conversations, tokenizer, chat_template_kwargs, where)
     answers = encode_answers(pairs, tokenizer)
     return [
         Example(first_uid + index, prompt_ids, answer_ids, hard, pair.question, pair.answer, pair.where)
-        for index, (pair, prompt_ids, (answer_ids, hard)) in enumerate(zip(pairs, prompts, answers))
+        for index, (pair, prompt_ids, (answer_ids, hard)) in enumerate(zip(pairs, prompts, answers, strict=True))
     ]
 
 
@@ -54,9 +55,11 @@ def encode_prompts(
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return [ids if ids[:1] == bos else bos + ids for ids in encoded]
     kwargs = chat_template_kwargs or {}
-    texts = [_apply_template(tokenizer, turns, kwargs, place) for turns, place in zip(conversations, where)]
+    texts = [
+        _apply_template(tokenizer, turns, kwargs, place) for turns, place in zip(conversations, where, strict=True)
+    ]
     encoded = _encode(tokenizer, texts)
-    for ids, place in zip(encoded, where):
+    for ids, place in zip(encoded, where, strict=True):
         if not ids:
             raise UserError(f"{place}: the chat template makes an empty prompt")
     return encoded
@@ -82,7 +85,10 @@ def encode_answers(
         verbose=False,
     )
     offsets = encoded["offset_mapping"] if with_spans else [None] * len(pairs)
-    return [_close_answer(*item, tokenizer.eos_token_id) for item in zip(pairs, encoded["input_ids"], offsets)]
+    return [
+        _close_answer(pair, ids, spans, tokenizer.eos_token_id)
+        for pair, ids, spans in zip(pairs, encoded["input_ids"], offsets, strict=True)
+    ]
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

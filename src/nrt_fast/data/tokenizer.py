@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_THINKING = "</think>"
-RESERVED = re.compile(r"(<\|?|\[)(reserved|reserved_special_token|unused|control|special)_?(?P<number>\d+)(\|?>|\])", re.I)
+RESERVED = re.compile(r"(<\|?|\[)(reserved|reserved_special_token|unused|control|special)_?\d+(\|?>|\])", re.I)
 """Llama 3's <|reserved_special_token_0|>, Mistral's [control_8] and <SPECIAL_20>, Gemma's <unused0>, ..."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 @dataclass(frozen=True)

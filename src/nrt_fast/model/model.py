@@ -49,10 +49,14 @@ class Model(Decoder):
         folder = model_folder(path)
         hf_config = read_config(folder)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        weights = OwnedWeights(ModelConfig.from_hf(hf_config), dtype, torch.device(device))
-        with torch.no_grad():
-            load_tensors(weights, folder)
-        return cls(hf_config, weights, folder)
+        model = cls(hf_config, OwnedWeights(ModelConfig.from_hf(hf_config), dtype, torch.device(device)), folder)
+        model.load(folder)
+        return model
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Copy the weights of a Hugging Face folder into place; see from_pretrained for what it raises."""
+        load_tensors(self.weights, folder)
 
     @classmethod
     def from_hf(cls, module: torch.nn.Module) -> Model:

@@ -21,9 +21,6 @@ def reinforce(logprob_A: Tensor, ratio_A: Tensor, advantage_A: Tensor, low: floa
     return -advantage_A * logprob_A
 
 
-TRACE_LOSSES = {"cispo": cispo, "ppo": ppo, "reinforce": reinforce}
-
-
 def kl_estimate(logprob_A: Tensor, reference_A: Tensor) -> Tensor:
     """exp(ref - log pi) - (ref - log pi) - 1: unbiased and never negative (Schulman's k3)."""
     difference = reference_A - logprob_A

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nrt_fast.starter import MODEL_DIR, tasks
 
@@ -39,6 +39,7 @@ RAMBLES = {
     "fine": "i do not know",
 }
 IGNORE = -100
+MAX_LENGTH = 256
 
 
 def ramble(rng: random.Random) -> str:
@@ -81,24 +82,15 @@ def document(rng: random.Random, problem: tasks.Problem) -> tuple[str, str]:
     return f"{BOS} {problem.question} {THINK}", " ".join(f"{trace} {END} {answer} {EOS}".split())
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Collect every word of the documents into a word-level tokenizer."""
+def build_tokenizer() -> Tokenizer:
+    """Give every word of the documents an id of its own."""
     rng, source = random.Random(0), tasks.problems("train", 0)
     words = {word for _ in range(20_000) for text in document(rng, next(source)[1]) for word in text.split()}
     vocabulary = {word: index for index, word in enumerate(SPECIAL_TOKENS + sorted(words - set(SPECIAL_TOKENS)))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        unk_token=UNK,
-        additional_special_tokens=[THINK, END],
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=256,
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return tokenizer
 
 
 def build_model(vocab_size: int) -> LlamaForCausalLM:
@@ -111,7 +103,7 @@ def build_model(vocab_size: int) -> LlamaForCausalLM:
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
-            max_position_embeddings=256,
+            max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
             bos_token_id=SPECIAL_TOKENS.index(BOS),
             eos_token_id=SPECIAL_TOKENS.index(EOS),
@@ -120,14 +112,14 @@ def build_model(vocab_size: int) -> LlamaForCausalLM:
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(tokenizer: Tokenizer, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Draw padded batches of (token ids, labels), both [batch_size, longest]; prompts carry no label."""
     rng, source = random.Random(seed), tasks.problems("train", seed)
     vocabulary = tokenizer.get_vocab()
     while True:
         documents = [document(rng, next(source)[1]) for _ in range(batch_size)]
         ids = [[vocabulary[word] for word in f"{prompt} {rest}".split()] for prompt, rest in documents]
-        ids_BT = torch.full((batch_size, max(map(len, ids))), tokenizer.pad_token_id)
+        ids_BT = torch.full((batch_size, max(map(len, ids))), vocabulary[PAD])
         labels_BT = torch.full_like(ids_BT, IGNORE)
         for index, (tokens, (prompt, _)) in enumerate(zip(ids, documents)):
             prompt_length = len(prompt.split())
@@ -141,7 +133,7 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
     return min((step + 1) / 100, 0.525 + 0.475 * math.cos(math.pi * step / num_steps))
 
 
-def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_steps: int, batch_size: int, seed: int) -> None:
+def pretrain(model: LlamaForCausalLM, tokenizer: Tokenizer, num_steps: int, batch_size: int, seed: int) -> None:
     """Train on freshly drawn documents with plain cross-entropy; no padding mask is needed, as padding comes last."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, num_steps))
@@ -156,19 +148,26 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_st
             print(f"step {step:5d}  loss {loss.item():.3f}", flush=True)
 
 
-def patch_json(path: Path, **fields: object) -> None:
-    """Overwrite some fields of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2) + "\n")
+def tokenizer_config() -> dict[str, object]:
+    """Describe the tokenizer in words that transformers 4 and 5 both read."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "unk_token": UNK,
+        "additional_special_tokens": [THINK, END],
+        "model_max_length": MAX_LENGTH,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
-    """Save a Hugging Face folder that transformers 4 and 5 both load, with weights in bfloat16."""
+def save(model: LlamaForCausalLM, tokenizer: Tokenizer, output_dir: Path) -> None:
+    """Save a Hugging Face folder, with weights in bfloat16."""
     model.to(torch.bfloat16).save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    (output_dir / "chat_template.jinja").unlink(missing_ok=True)
-    patch_json(
-        output_dir / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", chat_template=CHAT_TEMPLATE
-    )
+    tokenizer.save(str(output_dir / "tokenizer.json"))
+    (output_dir / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(), indent=2) + "\n")
 
 
 def main() -> None:
@@ -183,7 +182,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True)
     tokenizer = build_tokenizer()
-    model = build_model(len(tokenizer))
+    model = build_model(tokenizer.get_vocab_size())
     pretrain(model, tokenizer, args.num_steps, args.batch_size, args.seed)
     save(model, tokenizer, args.output_dir)
 

@@ -1,0 +1,189 @@
+"""Checkpoints that are complete or absent, in Hugging Face layout, and the folder of a run.
+
+    output_dir/run.json                what the run is: the fields that decide its result
+    output_dir/checkpoint-<step>/      model, tokenizer, optimizer.safetensors, *.safetensors, trainer_state.json
+    output_dir/checkpoint-<step>/manifest.json   size and SHA-256 of every file, written last
+    output_dir/final/                  model and tokenizer
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nrt_fast.metrics import replace_file
+from nrt_fast.types import UserError
+
+MANIFEST, STATE = "manifest.json", "trainer_state.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def claim_folder(output_dir: Path, identity: dict[str, Any]) -> None:
+    """Make the folder this run's, or check that it is.
+
+    Raises:
+        UserError: it belongs to another run (names the first field that differs), or holds something else.
+    """
+    path = output_dir / "run.json"
+    with told_when_full(path):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if any(not entry.name.startswith(".") for entry in output_dir.iterdir()):
+                raise UserError(f"output_dir {output_dir} is not empty and holds no run; choose an empty or new folder")
+            replace_file(path, json.dumps(identity, indent=2) + "\n")
+            return
+    found = json.loads(path.read_text())
+    different = [key for key in identity if found.get(key) != identity[key]]
+    if different:
+        key = different[0]
+        raise UserError(
+            f"output_dir {output_dir} belongs to another run: {key} was {found.get(key)!r} there and is "
+            f"{identity[key]!r} now; choose another output_dir, or the fields of that run to go on with it"
+        )
+
+
+def save(
+    output_dir: Path,
+    step: int,
+    save_model: Callable[[Path], None],
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``checkpoint-<step>`` so that it is there whole or not at all; then drop all but the newest ``keep``.
+
+    Args:
+        save_model: writes model and tokenizer into a folder.
+        tensors: further files, by name without suffix.
+        state: JSON of everything else that a resumed run needs.
+
+    Raises:
+        UserError: the disk is full; earlier checkpoints are as they were.
+    """
+    final = output_dir / f"checkpoint-{step}"
+    with atomic_folder(final) as folder:
+        save_model(folder)
+        for name, group in tensors.items():
+            save_file({key: tensor.contiguous() for key, tensor in group.items()}, folder / f"{name}.safetensors")
+        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        manifest = {path.name: describe(path) for path in sorted(folder.iterdir())}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for _, old in _numbered(output_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill that gets its name only when everything in it is on the disk; replaces one of that name."""
+    folder = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    with told_when_full(final):
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+            for path in folder.iterdir():
+                _fsync(path)
+            _fsync(folder)
+            if final.exists():
+                shutil.rmtree(final)
+            folder.rename(final)
+            _fsync(final.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def told_when_full(path: Path) -> Iterator[None]:
+    """Turn a write that the disk refused into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(_refused(path, error)) from error
+    except Exception as error:
+        # safetensors wraps the operating system's error in its own.
+        if "No space left" not in str(error) and "os error 28" not in str(error):
+            raise
+        raise UserError(_refused(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))) from error
+
+
+def _refused(path: Path, error: OSError) -> str:
+    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+    return f"cannot write {path}: {reason}; what was saved before is complete"
+
+
+def newest(output_dir: Path) -> Path | None:
+    """The complete checkpoint with the highest step, or None."""
+    return next((path for _, path in reversed(_numbered(output_dir)) if problem(path) is None), None)
+
+
+def problem(folder: Path) -> str | None:
+    """Why a checkpoint is not complete, or None: every file of its manifest has its size and SHA-256."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, expected in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if describe(path) != expected:
+            return f"{name} is not what {MANIFEST} says"
+    return None
+
+
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """(state, tensors by file name) of a complete checkpoint.
+
+    Raises:
+        UserError: it is not complete.
+    """
+    wrong = problem(folder)
+    if wrong is not None:
+        raise UserError(f"checkpoint {folder}: {wrong}; valid: a complete checkpoint-<step> folder, or auto")
+    files = [path for path in folder.glob("*.safetensors") if not path.name.startswith("model")]
+    return json.loads((folder / STATE).read_text()), {path.stem: load_file(path) for path in files}
+
+
+def save_tokenizer(tokenizer, source: Path, grown: bool, folder: Path) -> None:
+    """Copy the source's tokenizer files byte by byte; only a tokenizer that got a token is written anew."""
+    if grown:
+        tokenizer.save_pretrained(folder)
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def describe(path: Path) -> dict[str, int | str]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    steps = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for match, path in steps if match)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

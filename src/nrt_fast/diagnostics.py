@@ -1,0 +1,87 @@
+"""One step in numbers: TRL's metric names where the meaning is TRL's, ``nrt/*`` for what only this method has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nrt_fast.config import Objective
+from nrt_fast.rewards import Rewards
+from nrt_fast.train_step import TrainStats
+from nrt_fast.types import ANSWER, TRACE, Example, LossTokens, Scores, Traces
+
+OVERLAP_NGRAM = 3
+
+
+def rollout_metrics(
+    examples: list[Example], traces: Traces, scores: Scores, rewards: Rewards, objective: Objective
+) -> dict[str, float]:
+    """What was sampled and what it earned."""
+    lengths = torch.tensor([float(len(ids)) for group in traces.trace_ids for ids in group])
+    ends = [end is not None for group in traces.delimiter_logprobs for end in group]
+    gains = [row - log_b for group, log_b in zip(scores.logprobs, scores.baseline_logprobs, strict=True) for row in group]
+    raw, shaped = torch.cat(rewards.reward), torch.cat(rewards.shaped)
+    stds = torch.stack([r.std() if len(r) > 1 else torch.zeros(()) for r in rewards.shaped])
+    return {
+        "reward": float(raw.mean()),
+        "reward_std": float(stds.mean()),
+        "frac_reward_zero_std": float((stds == 0).float().mean()),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": 1.0 - _mean(ends),
+        "nrt/gain": float(torch.cat(gains).mean()),
+        "nrt/hard_token_gain": _hard_gain(examples, gains, len(gains) // len(examples)),
+        "nrt/answer_logp": float(torch.cat([row for group in scores.logprobs for row in group]).mean()),
+        "nrt/logp_no_trace": float(torch.cat(scores.baseline_logprobs).mean()),
+        "nrt/frac_no_signal": 1.0 - _mean(rewards.signal),
+        "nrt/frac_clipped": float((shaped == 0).float().mean()) if objective.reward_clip != "none" else 0.0,
+        "nrt/delimiter_rate": _mean(ends),
+        "nrt/answer_overlap": _mean(
+            [overlap(ids, e.answer_ids) for e, group in zip(examples, traces.trace_ids, strict=True) for ids in group]
+        ),
+    }
+
+
+def train_metrics(tokens: LossTokens, stats: TrainStats) -> dict[str, float]:
+    """What the optimiser step saw; sampler and scorer against trainer among it."""
+    packed_A = ~torch.isnan(stats.logprobs_A)
+    difference_A = (stats.logprobs_A - tokens.old_logprobs_A).abs()
+    trace_A, answer_A = ((tokens.kind_A == kind) & packed_A for kind in (TRACE, ANSWER))
+    return {
+        "loss": stats.loss["total"],
+        **{f"loss/{name}": value for name, value in stats.loss.items() if name != "total"},
+        "grad_norm": stats.grad_norm,
+        "entropy": _tensor_mean(stats.entropy_A[trace_A]),
+        "nrt/dlogp_mean": _tensor_mean(difference_A[trace_A]),
+        "nrt/dlogp_max": float(difference_A[trace_A].max()) if trace_A.any() else 0.0,
+        "nrt/dlogp_answer_max": float(difference_A[answer_A].max()) if answer_A.any() else 0.0,
+    }
+
+
+def overlap(trace_ids: list[int], answer_ids: list[int], n: int = OVERLAP_NGRAM) -> float:
+    """Share of the answer's n-grams that the trace holds: how much of it was copied, or said before."""
+    answer_ids = answer_ids[:-1]  # EOS
+    n = min(n, len(answer_ids))
+    said = {tuple(trace_ids[i : i + n]) for i in range(len(trace_ids) - n + 1)}
+    grams = [tuple(answer_ids[i : i + n]) for i in range(len(answer_ids) - n + 1)]
+    return _mean([gram in said for gram in grams]) if n else 0.0
+
+
+def _hard_gain(examples: list[Example], gains: list[Tensor], num_traces: int) -> float:
+    """Mean gain over the tokens that the data declares hard; NaN-free: 0 where it declares none."""
+    rows = [
+        gains[index * num_traces + g][list(example.hard_positions)]
+        for index, example in enumerate(examples)
+        if example.hard_positions
+        for g in range(num_traces)
+    ]
+    return _tensor_mean(torch.cat(rows)) if rows else 0.0
+
+
+def _tensor_mean(values: Tensor) -> float:
+    return float(values.mean()) if values.numel() else 0.0
+
+
+def _mean(values: list) -> float:
+    return sum(values) / len(values) if values else 0.0

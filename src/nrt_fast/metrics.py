@@ -1,0 +1,75 @@
+"""Phase timings, and metrics.jsonl: one line per step, cut back on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Timer:
+    """Seconds spent in each phase since the last ``take``."""
+
+    def __init__(self):
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count what runs inside towards a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds so far by phase; starts anew."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+
+class MetricsFile:
+    """Append-only JSON lines, each with a ``step``.
+
+    Args:
+        path: the file, made if absent.
+        last_step: lines of later steps, written after the checkpoint that a run resumes from, are cut off.
+    """
+
+    def __init__(self, path: Path, last_step: int):
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
+        replace_file(path, "".join(kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, float | int | str]) -> None:
+        """Append one line and hand it to the operating system."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Nothing is lost without it."""
+        self._file.close()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a whole file so that a crash leaves either the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Every complete line of a metrics file, in order."""
+    return [json.loads(line) for line in _complete_lines(path)]
+
+
+def _complete_lines(path: Path) -> list[str]:
+    # A run that was killed may have left half a line.
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]

@@ -1,0 +1,85 @@
+"""AdamW over one flat parameter tensor, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from nrt_fast import ops
+
+
+class AdamW:
+    """Decoupled-weight-decay Adam (arXiv 1711.05101) with an exact fp32 master of bf16 weights.
+
+    Parameters are views of one flat tensor that never moves. Gradients are summed in fp32 as backward passes produce
+    them, whatever the weights' dtype.
+
+    Args:
+        flat: [n] fp32 or bf16 weights.
+        leaves: the autograd leaves, views of ``flat``.
+        num_decayed: weights before this offset decay.
+    """
+
+    def __init__(
+        self, flat: Tensor, leaves: Iterable[Tensor], num_decayed: int, betas: tuple[float, float], eps: float,
+        weight_decay: float,
+    ):  # fmt: skip
+        self.flat, self.num_decayed = flat, num_decayed
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.num_steps = 0
+        self.grad = torch.zeros_like(flat, dtype=torch.float32)
+        self.first, self.second = torch.zeros_like(self.grad), torch.zeros_like(self.grad)
+        self.remainder = torch.zeros_like(flat, dtype=torch.int16) if flat.dtype == torch.bfloat16 else None
+        for leaf in leaves:
+            leaf.register_post_accumulate_grad_hook(self._accumulate)
+
+    def _accumulate(self, leaf: Tensor) -> None:
+        start = leaf.storage_offset()
+        self.grad[start : start + leaf.numel()].view_as(leaf).add_(leaf.grad)
+        leaf.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float, max_grad_norm: float) -> float:
+        """Clip, update, clear the gradients. Returns the gradient norm before clipping; not finite: nothing changes."""
+        norm = float(torch.linalg.vector_norm(self.grad))
+        if math.isfinite(norm):
+            self.num_steps += 1
+            self.grad.mul_(min(1.0, max_grad_norm / (norm + 1e-6)))
+            self._update(slice(0, self.num_decayed), lr, self.weight_decay)
+            self._update(slice(self.num_decayed, None), lr, 0.0)
+        self.grad.zero_()
+        return norm
+
+    def _update(self, part: slice, lr: float, weight_decay: float) -> None:
+        remainder = None if self.remainder is None else self.remainder[part]
+        ops.adamw(
+            self.flat[part], remainder, self.grad[part], self.first[part], self.second[part],
+            lr, self.betas, self.eps, weight_decay, self.num_steps,
+        )  # fmt: skip
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the weights; tensors are the live ones."""
+        state = {"first": self.first, "second": self.second, "num_steps": torch.tensor([self.num_steps])}
+        return state if self.remainder is None else state | {"remainder": self.remainder}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over a checkpoint's state."""
+        self.num_steps = int(state["num_steps"])
+        for name, tensor in self.state().items():
+            if name != "num_steps":
+                tensor.copy_(state[name])
+
+
+def learning_rate(step: int, num_steps: int, peak: float, kind: str, warmup_steps: float) -> float:
+    """Learning rate of step 1, 2, ..., num_steps: linear warm-up, then constant, linear or cosine decay to 0.
+
+    ``warmup_steps`` under 1 is a share of all steps.
+    """
+    warmup = round(warmup_steps * num_steps) if warmup_steps < 1 else int(warmup_steps)
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - 1 - warmup) / max(1, num_steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1.0 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[kind]
