@@ -1,9 +1,10 @@
-"""Log-probability of one target per row of logits: ``logprob = x[target] - log sum exp(x)``, x = inv_temperature logits.
+"""Log-probability of one target per row of logits: ``x[target] - log sum exp(x)``, where x = inv_temperature logits.
 
 Forward reads each logit once (online log-sum-exp), backward reads it once and writes its gradient in its place,
 ``grad inv_temperature (onehot(target) - softmax(x))``. Per row of V logits of b bytes: V b forward, 2 V b backward. All
-arithmetic is fp32, with one rounding to the logits' dtype; offsets are 64-bit, for N V exceeds int32 from N = 16,745 at
-V = 128,256. A target outside [0, V) gives NaN.
+arithmetic is fp32, with one rounding to the logits' dtype. The log-sum-exp stays in two parts, the row's peak and the log
+of the rest: in one number, logits around 1e4 would cost 1e-3 nats. Offsets are 64-bit, for N V exceeds int32 from
+N = 16,745 at V = 128,256. A target outside [0, V) gives NaN.
 """
 
 import torch
@@ -18,7 +19,7 @@ NUM_WARPS = 8
 
 @triton.jit
 def logsoftmax_gather_fwd_kernel(
-    logits_ptr, target_ptr, inv_temperature_ptr, logprob_ptr, lse_ptr, stride_n, V, BLOCK_V: tl.constexpr
+    logits_ptr, target_ptr, inv_temperature_ptr, logprob_ptr, peak_ptr, logsum_ptr, stride_n, V, BLOCK_V: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_n
@@ -32,52 +33,55 @@ def logsoftmax_gather_fwd_kernel(
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # -inf - -inf would be NaN
         total = total * tl.exp(peak - shift) + tl.sum(tl.exp(x - shift), axis=0)
         peak = new_peak
-    lse = peak + tl.log(total)
+    logsum = tl.log(total)
     target = tl.load(target_ptr + row)
     valid = (target >= 0) & (target < V)
     x_target = tl.load(logits_ptr + target, mask=valid, other=float("nan")).to(tl.float32) * inv_temperature
-    tl.store(logprob_ptr + row, x_target - lse)
-    tl.store(lse_ptr + row, lse)
+    tl.store(logprob_ptr + row, (x_target - peak) - logsum)
+    tl.store(peak_ptr + row, peak)
+    tl.store(logsum_ptr + row, logsum)
 
 
 @triton.jit
 def logsoftmax_gather_bwd_kernel(
-    logits_ptr, target_ptr, inv_temperature_ptr, lse_ptr, grad_ptr, stride_n, V, BLOCK_V: tl.constexpr
+    logits_ptr, target_ptr, inv_temperature_ptr, peak_ptr, logsum_ptr, grad_ptr, stride_n, V, BLOCK_V: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_n
     inv_temperature = tl.load(inv_temperature_ptr + row)
     target = tl.load(target_ptr + row)
-    lse = tl.load(lse_ptr + row)
+    peak = tl.load(peak_ptr + row)
+    logsum = tl.load(logsum_ptr + row)
     scale = tl.load(grad_ptr + row) * inv_temperature
     for start in range(0, V, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         x = tl.load(logits_ptr + columns, mask=columns < V, other=0.0).to(tl.float32) * inv_temperature
         onehot = tl.where(columns == target, 1.0, 0.0)
-        tl.store(logits_ptr + columns, scale * (onehot - tl.exp(x - lse)), mask=columns < V)
+        tl.store(logits_ptr + columns, scale * (onehot - tl.exp((x - peak) - logsum)), mask=columns < V)
 
 
-def logsoftmax_gather_fwd(logits_NV: Tensor, target_N: Tensor, inv_temperature_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and log-sum-exp of each row, [N] fp32; logits with unit stride along V."""
+def logsoftmax_gather_fwd(
+    logits_NV: Tensor, target_N: Tensor, inv_temperature_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each target, and peak and logsum whose sum is the row's log-sum-exp, all [N] fp32."""
     N, V = logits_NV.shape
-    logprob_N = torch.empty(N, dtype=torch.float32, device=logits_NV.device)
-    lse_N = torch.empty_like(logprob_N)
+    logprob_N, peak_N, logsum_N = torch.empty(3, N, dtype=torch.float32, device=logits_NV.device)
     if N:
         logsoftmax_gather_fwd_kernel[(N,)](
-            logits_NV, target_N, inv_temperature_N, logprob_N, lse_N, logits_NV.stride(0), V,
+            logits_NV, target_N, inv_temperature_N, logprob_N, peak_N, logsum_N, logits_NV.stride(0), V,
             BLOCK_V=_block_size(V), num_warps=NUM_WARPS,
         )  # fmt: skip
-    return logprob_N, lse_N
+    return logprob_N, peak_N, logsum_N
 
 
 def logsoftmax_gather_bwd_(
-    logits_NV: Tensor, target_N: Tensor, inv_temperature_N: Tensor, lse_N: Tensor, grad_N: Tensor
+    logits_NV: Tensor, target_N: Tensor, inv_temperature_N: Tensor, peak_N: Tensor, logsum_N: Tensor, grad_N: Tensor
 ) -> None:
     """Overwrite logits_NV with their gradient, given that of the log-probabilities, [N] fp32."""
     N, V = logits_NV.shape
     if N:
         logsoftmax_gather_bwd_kernel[(N,)](
-            logits_NV, target_N, inv_temperature_N, lse_N, grad_N, logits_NV.stride(0), V,
+            logits_NV, target_N, inv_temperature_N, peak_N, logsum_N, grad_N, logits_NV.stride(0), V,
             BLOCK_V=_block_size(V), num_warps=NUM_WARPS,
         )  # fmt: skip
 
@@ -89,8 +93,8 @@ def _block_size(V: int) -> int:
 class _LogsoftmaxGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_NV, target_N, inv_temperature_N):
-        logprob_N, lse_N = logsoftmax_gather_fwd(logits_NV, target_N, inv_temperature_N)
-        ctx.save_for_backward(logits_NV, target_N, inv_temperature_N, lse_N)
+        logprob_N, peak_N, logsum_N = logsoftmax_gather_fwd(logits_NV, target_N, inv_temperature_N)
+        ctx.save_for_backward(logits_NV, target_N, inv_temperature_N, peak_N, logsum_N)
         return logprob_N
 
     @staticmethod

@@ -18,7 +18,8 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from nrt_fast.reference import attention, layers, logprob, pack, sample
+from nrt_fast.reference import adamw as adamw_
+from nrt_fast.reference import attention, layers, logprob, loss, pack, rewards, sample
 from nrt_fast.reference import logsoftmax_gather as gather
 
 Backend = Literal["triton", "native", "reference"]

@@ -13,6 +13,7 @@ from nrt_fast.types import ANSWER, FORMAT, TRACE, Example, LossTokens, PackedBat
 def loss_tokens(
     examples: list[Example],
     traces: Traces,
+    answer_logprobs: list[list[Tensor]],
     advantage: list[Tensor],
     signal: list[bool],
     answer_weights: list[list[Tensor]],
@@ -29,6 +30,7 @@ def loss_tokens(
     Args:
         examples: P prompts with their answers.
         traces: [P][G].
+        answer_logprobs: [P][G] tensors [A_p] of log c, which the trainer's are compared with.
         advantage, signal: of each group.
         answer_weights: [P][G] tensors [A_p].
         temperature: of the sampler; log-probs of sampled ids are taken under it.
@@ -43,7 +45,7 @@ def loss_tokens(
             policy = float(advantage[p][g])
             weights += [policy] * len(ids) + [_format_weight(objective) if end is None else policy]
             weights += (objective.answer_coef * answer_weights[p][g]).tolist()
-            old += [*traces.logprobs[p][g], end or 0.0, *[0.0] * len(example.answer_ids)]
+            old += [*traces.logprobs[p][g], end or 0.0, *answer_logprobs[p][g].tolist()]
             lengths.append(len(ids) + 1 + len(example.answer_ids))
     kind_A, lens_N = torch.tensor(kinds, dtype=torch.int8), torch.tensor(lengths)
     num_traces_P = torch.tensor([len(group) for group in traces.trace_ids])

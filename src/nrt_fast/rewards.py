@@ -24,7 +24,7 @@ class Rewards:
         shaped: P tensors [G], R after baseline, clip and format term; what advantages are made of.
         advantage: P tensors [G], 0 where the group has no signal.
         signal: P bools.
-        token_weights: [P][G] tensors [A_p], weight of each answer token in the derived gradient of R.
+        answer_weights: [P][G] tensors [A_p], v_i of each answer token in the answer loss (method section 4).
     """
 
     reward: list[Tensor]
@@ -32,7 +32,7 @@ class Rewards:
     shaped: list[Tensor]
     advantage: list[Tensor]
     signal: list[bool]
-    token_weights: list[list[Tensor]]
+    answer_weights: list[list[Tensor]]
 
 
 def aggregate(
@@ -40,6 +40,7 @@ def aggregate(
     baseline_logprobs: list[Tensor],
     kind: str = "ws_log",
     scale: str = "length",
+    names: list[str] | None = None,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Raw R of every trace, and the weight alpha_i c_i of every answer token (method section 2).
 
@@ -48,6 +49,7 @@ def aggregate(
         baseline_logprobs: P tensors [A_p] of log b; clamped from below at -20.
         kind: logp, prob, am, gm, ws_inv, ws_log or r3.
         scale: length divides weighted rewards by A_p, weight by the sum of the weights.
+        names: what messages call the prompts; their positions by default.
 
     Returns:
         (reward, token_weights): P fp32 tensors [G], and [P][G] fp32 tensors [A_p].
@@ -57,27 +59,28 @@ def aggregate(
         ValueError: shapes do not match.
     """
     rewards, weights = [], []
-    for index, (group, log_b) in enumerate(zip(logprobs, baseline_logprobs, strict=True)):
-        logc_GA, logb_A = _checked(index, group, log_b)
+    names = names or [f"prompt {index}" for index in range(len(logprobs))]
+    for name, group, log_b in zip(names, logprobs, baseline_logprobs, strict=True):
+        logc_GA, logb_A = _checked(name, group, log_b)
         reward_G, weights_GA = ops.trace_rewards(logc_GA, logb_A.clamp(min=MIN_LOG_B), kind, scale)
         rewards.append(reward_G)
         weights.append(list(weights_GA))
     return rewards, weights
 
 
-def _checked(index: int, group: list[Tensor], log_b: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(name: str, group: list[Tensor], log_b: Tensor) -> tuple[Tensor, Tensor]:
     if any(row.shape != log_b.shape for row in group):
-        raise ValueError(f"prompt {index}: every trace and the baseline need the answer's {list(log_b.shape)} tokens")
+        raise ValueError(f"{name}: every trace and the baseline need the answer's {list(log_b.shape)} tokens")
     logb_A = log_b.float()
     logc_GA = torch.stack([row.float() for row in group]) if group else logb_A.new_zeros(0, len(logb_A))
     both = torch.cat([logc_GA, logb_A[None]])
     # A rounding error above 0 is no error of the caller.
     if not torch.isfinite(both).all() or (both > 1e-4).any():
-        raise UserError(f"prompt {index}: a log-probability of its answer is NaN, infinite or above 0")
+        raise UserError(f"{name}: a log-probability of its answer is NaN, infinite or above 0")
     return logc_GA.clamp(max=0.0), logb_A.clamp(max=0.0)
 
 
-def reward(scores: Scores, traces: Traces, objective: Objective, noise: float) -> Rewards:
+def reward(scores: Scores, traces: Traces, objective: Objective, noise: float, names: list[str]) -> Rewards:
     """Everything between the scores and the loss: R, baseline, clip, format term, advantage.
 
     Args:
@@ -86,8 +89,11 @@ def reward(scores: Scores, traces: Traces, objective: Objective, noise: float) -
         objective: the choices.
         noise: measured standard deviation of R under a change of batch shape, in R's own unit; a group whose spread is
             under three times of it carries no signal.
+        names: what messages call the prompts.
     """
-    raw, token_weights = aggregate(scores.logprobs, scores.baseline_logprobs, objective.reward, objective.reward_scale)
+    raw, token_weights = aggregate(
+        scores.logprobs, scores.baseline_logprobs, objective.reward, objective.reward_scale, names
+    )
     base = base_rewards(scores.baseline_logprobs, objective)
     shaped = [
         _shape(reward_G, base_p, ends, objective)
@@ -95,7 +101,21 @@ def reward(scores: Scores, traces: Traces, objective: Objective, noise: float) -
     ]
     floor = max(objective.std_floor, 3 * noise) if objective.std_floor else 0.0
     advantage, signal = advantages(shaped, objective.advantage, floor)
-    return Rewards(raw, base, shaped, advantage, signal, token_weights)
+    return Rewards(raw, base, shaped, advantage, signal, _answer_weights(raw, token_weights, objective))
+
+
+def _answer_weights(
+    raw: list[Tensor], token_weights: list[list[Tensor]], objective: Objective
+) -> list[list[Tensor]]:
+    choose = {
+        "fixed": lambda weight_A, _: torch.ones_like(weight_A),
+        "derived": lambda weight_A, _: weight_A,
+        "reward": lambda weight_A, value: value.expand_as(weight_A),
+    }[objective.answer_weight]
+    return [
+        [choose(weight_A, value) for weight_A, value in zip(group, reward_G, strict=True)]
+        for group, reward_G in zip(token_weights, raw, strict=True)
+    ]
 
 
 def base_rewards(baseline_logprobs: list[Tensor], objective: Objective) -> list[Tensor]:

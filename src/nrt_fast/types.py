@@ -87,7 +87,7 @@ class LossTokens:
         cu_groups: [P + 1] int64 into the traces.
         kind_A: [A] int8: TRACE, FORMAT or ANSWER.
         weight_A: [A] fp32: advantage, format coefficient or answer weight, divided by nothing yet.
-        old_logprobs_A: [A] fp32: the sampler's log-probability (0 where nothing was sampled).
+        old_logprobs_A: [A] fp32: the sampler's log-probability, the scorer's in the answer, 0 of an appended delimiter.
         inv_temperature_A: [A] fp32: what logits are multiplied by.
         counted_A: [A] bool: some term of the loss reads the token.
         normalizer: the one number that the summed loss is divided by.

@@ -1,0 +1,323 @@
+"""The loop: data, rollout, score, reward, pack, train_step, checkpoint."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nrt_fast
+from nrt_fast import checkpoint
+from nrt_fast.completions import write_completions
+from nrt_fast.config import TrainConfig
+from nrt_fast.diagnostics import rollout_metrics, train_metrics
+from nrt_fast.engine import Thoughts, noise_floor
+from nrt_fast.evaluate import HeldOut, summarise
+from nrt_fast.metrics import MetricsFile, Timer, replace_file
+from nrt_fast.optim import learning_rate
+from nrt_fast.pack import loss_tokens, pack
+from nrt_fast.report import Report, Sample
+from nrt_fast.resolve import NUM_PROGRESS
+from nrt_fast.rewards import Rewards, aggregate, reward
+from nrt_fast.run import EMA_DECAY, Run, prepare
+from nrt_fast.score import baseline_logprobs
+from nrt_fast.train_step import train_step
+from nrt_fast.types import Example, Scores, Traces, UserError
+
+NOISE_PROMPTS = 8
+
+
+@dataclass
+class Progress:
+    """What changes from step to step, and goes into a checkpoint's state.
+
+    Attributes:
+        step: optimiser has done this many rollouts' worth of steps.
+        num_tokens: trained so far.
+        seconds, tokens: by phase, over the whole run.
+        before: held-out means at the start.
+        samples: a few held-out traces at the start.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+    def count(self, seconds: dict[str, float], tokens: dict[str, int]) -> None:
+        """Add one step's figures."""
+        for total, new in ((self.seconds, seconds), (self.tokens, tokens)):
+            for phase, value in new.items():
+                total[phase] = total.get(phase, 0) + value
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train as configured; returns what summary.json holds.
+
+    A run that was stopped goes on from its newest complete checkpoint, and then equals one that never stopped.
+
+    Raises:
+        UserError: bad input, told in one line; what was written before is valid.
+    """
+    run = prepare(config)
+    output_dir, num_steps = run.output_dir, run.config.max_steps
+    checkpoint.claim_folder(output_dir, run.identity)
+    progress = _resume_or_start(run)
+    if progress.step >= num_steps and (output_dir / "summary.json").exists():
+        print(f"{output_dir} is finished ({progress.step} steps); see {output_dir / 'summary.json'}")
+        return json.loads((output_dir / "summary.json").read_text())
+    metrics = MetricsFile(output_dir / "metrics.jsonl", progress.step)
+    with Report(run.config) as report, _stop_requested() as stop:
+        report.start(run)
+        if not progress.before:
+            held_out, samples = evaluate(run)
+            progress.before, progress.samples = asdict(held_out), [asdict(sample) for sample in samples]
+            run.noise = _measure_noise(run)
+        for progress.step in range(progress.step + 1, num_steps + 1):
+            row = step(run, progress)
+            metrics.write(row)
+            report.step(row)
+            if progress.step % run.config.save_steps == 0 or progress.step == num_steps or stop:
+                _save(run, progress)
+            if stop:
+                break
+        if progress.step < num_steps:
+            report.stopped(progress.step)
+            return {"steps": progress.step}
+        after, samples = evaluate(run)
+        summary = _finish(run, progress, after)
+        report.finish(summary, [Sample(**sample) for sample in progress.samples], samples)
+    return summary
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Do everything up to one whole step, in memory; write nothing."""
+    run = prepare(config)
+    with Report(run.config) as report:
+        report.start(run)
+        report.step(step(run, Progress(step=1)))
+
+
+def step(run: Run, progress: Progress) -> dict[str, float]:
+    """One rollout and what is learnt from it; returns the step's metrics."""
+    config, timer = run.config, Timer()
+    started = time.perf_counter()
+    examples = run.take()
+    thoughts = think(run, examples, config.num_generations, config.temperature, progress.step, timer)
+    with timer("score"):
+        scores = _with_baseline(run, examples, thoughts.scores)
+        rewards = reward(scores, thoughts.traces, run.objective, run.noise, [example.where for example in examples])
+    row = rollout_metrics(examples, thoughts.traces, scores, rewards, run.objective)
+    with timer("train"):
+        lr = learning_rate(
+            progress.step, config.max_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_steps
+        )
+        row |= learn(run, examples, thoughts.traces, scores, rewards, lr)
+    seconds, tokens = timer.take(), _count_tokens(examples, thoughts.traces)
+    progress.count(seconds, tokens)
+    progress.num_tokens += tokens["train"]
+    if config.eval_steps and progress.step % config.eval_steps == 0:
+        held_out, _ = evaluate(run, NUM_PROGRESS)
+        row |= {f"eval/{name}": value for name, value in asdict(held_out).items()}
+        write_completions(run.output_dir, progress.step, examples, thoughts.traces, scores, rewards, run.tokenizer)
+    return {
+        "step": progress.step,
+        "epoch": run.order.epoch,
+        "learning_rate": lr,
+        "num_tokens": progress.num_tokens,
+        **row,
+        "step_time": time.perf_counter() - started,
+        **{f"perf/{phase}_s": value for phase, value in seconds.items()},
+        "perf/tokens_per_second": tokens["train"] / sum(seconds.values()),
+    }
+
+
+def think(
+    run: Run, examples: list[Example], num_generations: int, temperature: float, step: int, timer: Timer,
+    answer_greedily: bool = False,
+) -> Thoughts:  # fmt: skip
+    """Rollout and scoring of some examples. Without generations (sft) the empty trace stands as the only one."""
+    thoughts = run.engine.think(
+        [example.prompt_ids for example in examples],
+        [example.answer_ids for example in examples],
+        [example.uid for example in examples],
+        num_generations=num_generations,
+        max_trace_length=run.config.max_trace_length,
+        temperature=temperature,
+        seed=run.config.seed,
+        step=step,
+        answer_greedily=answer_greedily,
+        timed=timer,
+    )
+    if num_generations:
+        return thoughts
+    empty = Traces([[[]]] * len(examples), [[[]]] * len(examples), [[None]] * len(examples))
+    log_b = thoughts.scores.baseline_logprobs
+    return replace(thoughts, traces=empty, scores=Scores([[row] for row in log_b], log_b))
+
+
+def learn(
+    run: Run, examples: list[Example], traces: Traces, scores: Scores, rewards: Rewards, lr: float
+) -> dict[str, float]:
+    """The optimiser steps of one rollout, one for each minibatch; returns the mean of their metrics."""
+    config, size = run.config, run.config.prompts_per_minibatch
+    rows = []
+    for start in range(0, len(examples), size):
+        part = slice(start, start + size)
+        tokens = loss_tokens(
+            examples[part],
+            Traces(traces.trace_ids[part], traces.logprobs[part], traces.delimiter_logprobs[part]),
+            scores.logprobs[part],
+            rewards.advantage[part],
+            rewards.signal[part],
+            rewards.answer_weights[part],
+            run.objective,
+            run.delimiter.id,
+            config.temperature,
+            config.max_trace_length + config.max_answer_length,
+        )
+        batches = pack(tokens, config.max_tokens_per_batch, run.model.embed.device)
+        stats = train_step(
+            run.model, run.optimizer, tokens, batches, run.objective, lr, config.max_grad_norm,
+            on_policy=size >= len(examples), reference=run.frozen if run.objective.beta else None,
+        )  # fmt: skip
+        if run.ema is not None:
+            run.ema.weights.flat.lerp_(run.model.weights.flat, 1 - EMA_DECAY)
+        rows.append(train_metrics(tokens, stats))
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def evaluate(run: Run, num_items: int | None = None) -> tuple[HeldOut, list[Sample]]:
+    """Held-out means with one trace each, sampled at temperature 1 with the same noise every time, and three samples."""
+    examples = list(islice(run.data.heldout, num_items))
+    num_generations = min(1, run.config.num_generations)
+    thoughts = think(run, examples, num_generations, 1.0, 0, Timer(), answer_greedily=True)
+    held_out = summarise(examples, thoughts.traces, thoughts.scores, thoughts.answers)
+    decode = run.tokenizer.decode
+    samples = [
+        Sample(example.question, decode(group[0]), decode(answers[0], skip_special_tokens=True), example.answer)
+        for example, group, answers in list(zip(examples, thoughts.traces.trace_ids, thoughts.answers, strict=True))[:3]
+    ]
+    return held_out, samples
+
+
+def _with_baseline(run: Run, examples: list[Example], scores: Scores) -> Scores:
+    """The scores with b under the weights that the objective asks for."""
+    if run.objective.baseline == "ema":
+        return replace(scores, baseline_logprobs=_baseline(run, run.ema, examples))
+    if run.objective.baseline != "frozen":
+        return scores
+    new = [example for example in examples if example.uid not in run.frozen_logprobs]
+    if new:
+        run.frozen_logprobs |= zip((e.uid for e in new), _baseline(run, run.frozen, new), strict=True)
+    return replace(scores, baseline_logprobs=[run.frozen_logprobs[example.uid] for example in examples])
+
+
+def _baseline(run: Run, model, examples: list[Example]) -> list[Tensor]:
+    prompts, answers = [e.prompt_ids for e in examples], [e.answer_ids for e in examples]
+    return baseline_logprobs(model, prompts, answers, run.delimiter.id)
+
+
+def _measure_noise(run: Run) -> float:
+    """Noise of the run's own reward, from held-out items where there are any."""
+    pool = run.data.heldout or run.data.train
+    examples = list(islice(pool, NOISE_PROMPTS))
+
+    def own_reward(scores: Scores) -> list[Tensor]:
+        kind, scale = run.objective.reward, run.objective.reward_scale
+        return aggregate(scores.logprobs, scores.baseline_logprobs, kind, scale)[0]
+
+    return noise_floor(run.engine, [e.prompt_ids for e in examples], [e.answer_ids for e in examples], own_reward)
+
+
+def _count_tokens(examples: list[Example], traces: Traces) -> dict[str, int]:
+    """Tokens through the model by phase: sampled; scored (with the empty trace); trained (the prompt once)."""
+    num_rows = len(traces.trace_ids[0])
+    sampled = sum(
+        len(ids) + (end is not None)
+        for group, ends in zip(traces.trace_ids, traces.delimiter_logprobs, strict=True)
+        for ids, end in zip(group, ends, strict=True)
+    )
+    answers = sum(len(example.answer_ids) for example in examples)
+    trace_tokens = sum(len(ids) for group in traces.trace_ids for ids in group)
+    prompts = sum(len(example.prompt_ids) for example in examples)
+    return {
+        "rollout": sampled,
+        "score": (num_rows + 1) * answers,
+        "train": prompts + trace_tokens + num_rows * answers,
+    }
+
+
+def _resume_or_start(run: Run) -> Progress:
+    """The newest complete checkpoint's progress, that of the named one, or a fresh start."""
+    wanted = run.config.resume_from_checkpoint
+    newest = checkpoint.newest(run.output_dir)
+    if wanted == "false":
+        if newest is not None:
+            raise UserError(f"resume_from_checkpoint is false, but {run.output_dir} holds {newest.name}; "
+                            "choose another output_dir or resume_from_checkpoint auto")  # fmt: skip
+        return Progress()
+    folder = newest if wanted == "auto" else Path(wanted)
+    return Progress(**run.restore(folder)["progress"]) if folder is not None else Progress()
+
+
+def _save(run: Run, progress: Progress) -> None:
+    state = {"progress": asdict(progress), "order": run.order.state_dict(), "noise": run.noise}
+    checkpoint.save(
+        run.output_dir, progress.step, run.save_model, run.state_tensors(), state, run.config.save_total_limit
+    )
+
+
+def _finish(run: Run, progress: Progress, after: HeldOut) -> dict[str, Any]:
+    """Write final/ and summary.json."""
+    with checkpoint.atomic_folder(run.output_dir / "final") as folder:
+        run.save_model(folder)
+    summary = {
+        "before": progress.before,
+        "after": asdict(after),
+        "steps": progress.step,
+        "train_seconds": sum(progress.seconds.values()),
+        "tokens_per_second": {
+            phase: tokens / progress.seconds[phase]
+            for phase, tokens in progress.tokens.items()
+            if progress.seconds.get(phase)
+        },
+        "noise": run.noise,
+        "versions": {
+            "nrt_fast": nrt_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "config": asdict(run.config),
+    }
+    replace_file(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+@contextmanager
+def _stop_requested() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM comes; a second one ends the process at once."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

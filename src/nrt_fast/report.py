@@ -1,0 +1,157 @@
+"""What the user sees: a live panel on a terminal, plain lines elsewhere, and a before/after table at the end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from nrt_fast.config import TrainConfig
+from nrt_fast.data import show_example
+from nrt_fast.trackers import open_trackers
+
+if TYPE_CHECKING:
+    from nrt_fast.run import Run
+
+COLUMNS = {
+    "reward": "reward",
+    "held-out gain": "eval/gain",
+    "trace length": "completions/mean_length",
+    "entropy": "entropy",
+    "delimiter": "nrt/delimiter_rate",
+    "no signal": "nrt/frac_no_signal",
+    "tokens/s": "perf/tokens_per_second",
+}
+SPARK = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out item as the model handled it."""
+
+    question: str
+    trace: str
+    answer: str
+    reference: str
+
+
+class Report:
+    """Console and trackers of one run; a context manager.
+
+    Args:
+        config: resolved.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.console = Console(highlight=False)
+        self.trackers = open_trackers(config)
+        self.history: dict[str, list[float]] = {label: [] for label in COLUMNS}
+        self.started, self.done = time.perf_counter(), 0
+        self.bar = Progress(BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.task = self.bar.add_task("steps", total=config.max_steps)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.live.stop()
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def start(self, run: Run) -> None:
+        """Say what was read, decided and chosen, and show one example with its boundaries."""
+        config, say = self.config, self.console.print
+        for line in run.data.lines:
+            say(line)
+        shape = run.model.config
+        say(
+            f"model: {shape.model_type}, {run.model.weights.flat.numel():,} parameters, {config.dtype} on {config.device}; "
+            f"delimiter {run.delimiter.text!r} (id {run.delimiter.id}{', added' if run.delimiter.added else ''})"
+        )
+        say(
+            f"objective: {config.objective} ({', '.join(f'{f.name} {getattr(run.objective, f.name)}' for f in fields(run.objective)[:6])})"
+        )
+        say(
+            f"limits: prompt {config.max_prompt_length}, trace {config.max_trace_length}, answer "
+            f"{config.max_answer_length} tokens; step: {config.prompts_per_step} prompts x {config.num_generations} traces"
+        )
+        say(
+            f"run: {config.max_steps} steps over {len(run.data.train):,} rows, {len(run.data.heldout):,} held out, "
+            f"learning rate {config.learning_rate:g}, output in {config.output_dir}"
+        )
+        say(show_example(run.data.train[0], run.tokenizer, run.delimiter, config.max_trace_length))
+        say()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Show one step every ``logging_steps`` and hand it to the trackers."""
+        for tracker in self.trackers:
+            tracker.log({key: value for key, value in row.items() if key != "step"}, row["step"])
+        for label, name in COLUMNS.items():
+            if name in row:
+                self.history[label].append(row[name])
+        self.done += 1
+        self.bar.update(self.task, completed=row["step"])
+        if row["step"] % self.config.logging_steps and row["step"] != self.config.max_steps:
+            return
+        if self.console.is_terminal:
+            self.live.start()
+            self.live.update(self._panel(), refresh=True)
+        else:
+            self.console.print(self._line(row))
+
+    def _line(self, row: dict[str, Any]) -> str:
+        figures = "  ".join(f"{label} {row[name]:.4g}" for label, name in COLUMNS.items() if name in row)
+        pace = (time.perf_counter() - self.started) / self.done
+        eta = pace * (self.config.max_steps - row["step"])
+        return f"step {row['step']}/{self.config.max_steps}  {figures}  eta {eta:.0f}s"
+
+    def _panel(self) -> Panel:
+        table = Table.grid(padding=(0, 2))
+        for label, values in self.history.items():
+            if values:
+                table.add_row(label, f"{values[-1]:.4g}", Text(_spark(values), "cyan"))
+        return Panel(Group(table, self.bar), title=f"nrt-fast: {self.config.objective}", title_align="left")
+
+    def stopped(self, step: int) -> None:
+        """Say that the run was stopped and saved."""
+        self.live.stop()
+        self.console.print(f"stopped after step {step}, saved; the same command goes on from there")
+
+    def finish(self, summary: dict[str, Any], before: list[Sample], after: list[Sample]) -> None:
+        """The before/after table, and the same held-out items before and after."""
+        self.live.stop()
+        self.console.print(_summary_table(summary))
+        for old, new in zip(before, after, strict=True):
+            self.console.print(f"\n[bold]{old.question}[/]   (reference: {old.reference})")
+            for label, sample in (("before", old), ("after", new)):
+                self.console.print(f"  {label:>6}: {sample.trace} [magenta]|[/] {sample.answer}")
+        self.console.print(
+            f"\n{summary['steps']} steps, {summary['train_seconds']:.0f} s of training; model in "
+            f"{self.config.output_dir}/final, figures in {self.config.output_dir}/summary.json"
+        )
+
+
+def _summary_table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"{summary['after']['num_items']:,} held-out items, traces sampled, answers greedy")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, after in summary["after"].items():
+        if name != "num_items":
+            table.add_row(name.replace("_", " "), f"{summary['before'][name]:.3f}", f"{after:.3f}")
+    return table
+
+
+def _spark(values: list[float], width: int = 48) -> str:
+    """The last values as a row of bars."""
+    values = values[-width:]
+    low, high = min(values), max(values)
+    return "".join(SPARK[int((v - low) / (high - low or 1.0) * (len(SPARK) - 1))] for v in values)
