@@ -1,7 +1,7 @@
 """Builds the C++ ops against the torch that is already installed; everything else is in pyproject.toml.
 
 NRT_FAST_EXT chooses: ``auto`` (the default) tries and installs without them if that fails, ``cpu`` insists on them,
-``cuda`` insists on them and on the CUDA ops, ``none`` builds nothing.
+``none`` builds nothing. ``cuda`` is refused for as long as csrc/ has no CUDA source.
 """
 
 import os
@@ -38,7 +38,7 @@ def cpp_ops(torch: Path, optional: bool) -> Extension:
         library_dirs=[str(torch / "lib")],
         libraries=["c10", "torch_cpu", "torch"],
         define_macros=[("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000ULL")],
-        extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"],
         language="c++",
         py_limited_api=True,
         optional=optional,
@@ -50,6 +50,8 @@ def extensions() -> list[Extension]:
     wanted = os.environ.get("NRT_FAST_EXT", "auto")
     if wanted not in ("auto", "cpu", "cuda", "none"):
         raise SystemExit(f"NRT_FAST_EXT={wanted}: expected auto, cpu, cuda or none")
+    if wanted == "cuda":
+        raise SystemExit("NRT_FAST_EXT=cuda: no op has a CUDA source; the GPU kernels are Triton's and need no build")
     if wanted == "none":
         return []
     torch = installed_torch()

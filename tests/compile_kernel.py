@@ -1,6 +1,6 @@
 """Compiles one Triton kernel for GPUs that need not be here, and prints what the compiler made of it as JSON.
 
-    python tests/compile_kernel.py MODULE.KERNEL 80,90 '{"logits_ptr": "*bf16", "V": "i32"}' '{"BLOCK_V": 4096}' NUM_WARPS
+    python tests/compile_kernel.py MODULE.KERNEL 80,90 '{"x_ptr": "*bf16", "V": "i32"}' '{"BLOCK_V": 4096}' NUM_WARPS
 
 A process of its own: the interpreter that the other tests use replaces the compiler for good.
 """

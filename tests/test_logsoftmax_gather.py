@@ -95,6 +95,13 @@ def test_a_forbidden_target_has_probability_zero(backend, device):
     assert logprob.item() == float("-inf")
 
 
+@pytest.mark.parametrize("target", [-1, 257, 2**40])
+def test_a_target_outside_the_vocabulary_shows_as_nan(target, device):
+    with ops.use("triton"):
+        logprob = ops.logsoftmax_gather(torch.zeros(1, 257, device=device), torch.tensor([target], device=device))
+    assert logprob.isnan().all()
+
+
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
 def test_strides_do_not_matter(layout, backend, device):
     dense = torch.randn(4, 300, device=device, generator=torch.Generator(device).manual_seed(0))

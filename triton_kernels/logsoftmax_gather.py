@@ -2,8 +2,8 @@
 
 Forward reads each logit once (online log-sum-exp), backward reads it once and writes its gradient in its place,
 ``grad inv_temperature (onehot(target) - softmax(x))``. Per row of V logits of b bytes: V b forward, 2 V b backward. All
-arithmetic is fp32, with one rounding to the logits' dtype. The log-sum-exp stays in two parts, the row's peak and the log
-of the rest: in one number, logits around 1e4 would cost 1e-3 nats. Offsets are 64-bit, for N V exceeds int32 from
+arithmetic is fp32, with one rounding to the logits' dtype. The log-sum-exp stays in two parts, the row's peak and the
+log of the rest: in one number, logits around 1e4 would cost 1e-3 nats. Offsets are 64-bit, for N V exceeds int32 from
 N = 16,745 at V = 128,256. A target outside [0, V) gives NaN.
 """
 

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nrt_fast import __version__
 from nrt_fast.config import TrainConfig
@@ -39,7 +39,14 @@ GROUPS = {
 }
 """Title of each group of the help, at its first field."""
 OTHER_OPTIONS = ("config", "dry_run", "print_config", "help")
-EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping such as {key: value}"}
+EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list, or text with commas",
+    dict: "a mapping such as {key: value}",
+}
 METAVARS = {bool: "{true,false}", int: "N", float: "X", str: "TEXT", list: "A,B", dict: "{KEY: VALUE}"}
 
 
@@ -95,7 +102,11 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, bool]:
     except argparse.ArgumentError as error:
         raise UserError(_describe(str(error), argv)) from error
     values["dataset_weights"] = _weights(values["dataset_weights"])
-    return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)}), values["dry_run"]
+    if values["resume_from_checkpoint"] is False:
+        values["resume_from_checkpoint"] = "false"
+    config = TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
+    config.check()
+    return config, values["dry_run"]
 
 
 def _train_parser():
@@ -106,6 +117,7 @@ def _train_parser():
     parser.add_argument("--dry_run", action="store_true")
     hints = get_type_hints(TrainConfig)
     hints["dataset_weights"] |= str  # comma-separated numbers
+    hints["resume_from_checkpoint"] |= bool  # YAML's own false
     for field in fields(TrainConfig):
         parser.add_argument(f"--{field.name}", type=hints[field.name], default=field.default)
     return parser
@@ -130,24 +142,23 @@ def _train_help() -> str:
     return parser.format_help()
 
 
-def _alternatives(hint: Any) -> list[Any]:
-    """The types of a union without None, or the one type."""
-    members = get_args(hint) if get_origin(hint) is UnionType or type(None) in get_args(hint) else [hint]
-    return [member for member in members if member is not type(None)]
+def _main_type(hint: Any) -> tuple[Any, tuple]:
+    """The first type of a union, bare, and its arguments: list and (str,) of list[str] | str | None."""
+    if get_origin(hint) in (Union, UnionType):
+        hint = get_args(hint)[0]
+    return get_origin(hint) or hint, get_args(hint)
 
 
 def _metavar(hint: Any) -> str:
-    first = _alternatives(hint)[0]
-    if get_origin(first) is Literal:
-        return "{" + ",".join(get_args(first)) + "}"
-    return METAVARS[get_origin(first) or first]
+    kind, members = _main_type(hint)
+    return "{" + ",".join(members) + "}" if kind is Literal else METAVARS[kind]
 
 
 def _expected(hint: Any, value: str) -> str:
-    first = _alternatives(hint)[0]
-    if get_origin(first) is Literal:
-        return f"one of {', '.join(get_args(first))} is expected{_did_you_mean(value, get_args(first))}"
-    return f"{EXPECTED.get(get_origin(first) or first, 'a list or text')} is expected"
+    kind, members = _main_type(hint)
+    if kind is Literal:
+        return f"one of {', '.join(members)} is expected{_did_you_mean(value, members)}"
+    return f"{EXPECTED[kind]} is expected"
 
 
 def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

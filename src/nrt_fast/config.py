@@ -6,13 +6,10 @@ TRL's. A field that is None is derived from the model, the data and the machine,
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from nrt_fast.types import UserError
+from nrt_fast.config_checks import check_config
 
 Reward = Literal["logp", "prob", "am", "gm", "ws_inv", "ws_log", "r3"]
 Baseline = Literal["current", "frozen", "ema", "none"]
@@ -210,8 +207,20 @@ class TrainConfig:
     resume_from_checkpoint: str = "auto"
     """auto: the newest complete checkpoint of output_dir, else from scratch; false; or a checkpoint's path."""
 
-    def __post_init__(self):
-        _check(self)
+    def check(self) -> None:
+        """Refuse values out of range, choices that contradict one another, and fields that could have no effect.
+
+        It is meant for a configuration as its user wrote it: derived values would count as written ones.
+
+        Raises:
+            UserError: names the field, and what would be valid.
+        """
+        check_config(self)
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """The names in dataset_name; none for the built-in tasks."""
+        return split_names(self.dataset_name or [])
 
     def resolved_objective(self) -> Objective:
         """The preset with this config's own choices on top of it."""
@@ -220,85 +229,3 @@ class TrainConfig:
         if objective.std_floor is None:
             objective = replace(objective, std_floor=STD_FLOOR[objective.reward])
         return objective
-
-
-_AT_LEAST = {
-    "num_eval_prompts": 0, "max_prompt_length": 1, "max_trace_length": 1, "max_answer_length": 2, "answer_coef": 0,
-    "format_coef": 0, "std_floor": 0, "beta": 0, "entropy_coef": 0, "prompts_per_step": 1, "prompts_per_minibatch": 1,
-    "num_generations": 1, "max_tokens_per_batch": 1, "warmup_steps": 0, "weight_decay": 0, "adam_beta1": 0,
-    "adam_beta2": 0, "max_steps": 1, "seed": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
-    "eval_steps": 0,
-}  # fmt: skip
-_ABOVE = dict.fromkeys(
-    ("epsilon", "epsilon_high", "temperature", "learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs"), 0
-)
-_BELOW = {"epsilon": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**63}
-
-
-def _check(config: TrainConfig) -> None:
-    """Refuse values out of range, choices that contradict one another, and fields that could have no effect."""
-    for name, value in vars(config).items():
-        if isinstance(value, (int, float)) and (problem := _range_problem(name, value)):
-            raise UserError(f"{name} is {value}; it should be {problem}")
-    objective = config.resolved_objective()
-    for problem in _contradictions(config, objective):
-        raise UserError(problem)
-    for names, idle, reason in _idle_fields(config, objective):
-        given = [name for name in names.split() if getattr(config, name) is not None]
-        if idle and given:
-            raise UserError(f"{given[0]} cannot take effect: {reason}")
-
-
-def _range_problem(name: str, value: float) -> str | None:
-    if not math.isfinite(value):
-        return "finite"
-    if value < _AT_LEAST.get(name, value):
-        return f"at least {_AT_LEAST[name]}"
-    if name in _ABOVE and value <= _ABOVE[name]:
-        return f"above {_ABOVE[name]}"
-    return f"under {_BELOW[name]}" if name in _BELOW and value >= _BELOW[name] else None
-
-
-def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
-    if config.dataset_name is not None and not split_names(config.dataset_name):
-        yield "dataset_name is empty; leave it out for the built-in tasks"
-    if config.dataset_weights is not None:
-        num_names = len(split_names(config.dataset_name or []))
-        if len(config.dataset_weights) != num_names:
-            yield f"dataset_weights has {len(config.dataset_weights)} numbers for {num_names} data sets"
-        if not all(0 < weight < math.inf for weight in config.dataset_weights):
-            yield f"dataset_weights are {config.dataset_weights}; each should be above 0"
-    if config.prompts_per_step and (config.prompts_per_minibatch or 0) > config.prompts_per_step:
-        yield f"prompts_per_minibatch is {config.prompts_per_minibatch}, prompts_per_step only {config.prompts_per_step}"
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
-        yield f"device is {config.device!r}; it should be auto, cpu, cuda or cuda:N"
-    unknown = set(split_names(config.report_to)) - {"none", "trackio", "wandb", "tensorboard"}
-    if unknown:
-        yield f"report_to has {min(unknown)!r}; there is trackio, wandb, tensorboard and none"
-    if objective.format_term == "reward" and objective.format_coef > 1:
-        yield f"format_coef is {objective.format_coef}; as a share of the reward it should be at most 1"
-    if config.objective != "sft" and objective.trace_loss != "none" and config.num_generations < 2:
-        yield f"num_generations is {config.num_generations}; an advantage compares at least 2 traces"
-    if objective.baseline == "none" and objective.reward in ("ws_inv", "ws_log", "r3"):
-        yield f"reward {objective.reward} is measured against a baseline; baseline is none"
-    if objective.baseline == "none" and objective.reward_clip != "none":
-        yield f"reward_clip {objective.reward_clip} is a clip at a baseline; baseline is none"
-
-
-def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[str, bool, str]]:
-    """(fields, whether they are idle, why)."""
-    builtin = config.dataset_name is None
-    yield "prompt_field answer_field", builtin and config.eval_dataset_name is None, "the built-in tasks name theirs"
-    yield (
-        "reward baseline reward_clip advantage trace_loss answer_weight format_coef reward_scale std_floor epsilon"
-        " epsilon_high drop_cut_reward beta entropy_coef max_trace_length",
-        config.objective == "sft",
-        "objective sft has no traces",
-    )
-    yield "advantage std_floor epsilon epsilon_high entropy_coef beta", objective.trace_loss == "none", "trace_loss is none"
-    yield "epsilon epsilon_high", objective.trace_loss == "reinforce", "trace_loss reinforce clips no ratio"
-    yield "answer_weight", objective.answer_coef == 0, "answer_coef is 0"
-    weighted = objective.reward in ("ws_inv", "ws_log", "r3")
-    yield "reward_scale", not weighted, f"reward {objective.reward} has no token weights"
-    unused = not weighted and objective.reward_clip == "none"
-    yield "baseline", unused and objective.baseline != "none", f"reward {objective.reward} without a clip reads none"

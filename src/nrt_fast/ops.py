@@ -147,6 +147,7 @@ linear_logprob_stats = _op(
 sample_logprob = _op(sample.sample_logprob, logits_NV=torch.float32, uniform_N=torch.float64)
 philox_uniform = _op(sample.philox_uniform)
 prefix_attention = _op(attention.prefix_attention, q_PGQHE=None, visible_PGQS=torch.bool)
+joined_attention = _op(attention.joined_attention, visible_PGQS=torch.bool)
 visibility = _op(attention.visibility, prefix_lens_P=torch.int64, own_lens_PG=torch.int64)
 rms_norm = _op(layers.rms_norm)
 rotate = _op(layers.rotate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -69,27 +69,23 @@ class Report:
 
     def start(self, run: Run) -> None:
         """Say what was read, decided and chosen, and show one example with its boundaries."""
-        config, say = self.config, self.console.print
-        for line in run.data.lines:
-            say(line)
-        shape = run.model.config
-        say(
-            f"model: {shape.model_type}, {run.model.weights.flat.numel():,} parameters, {config.dtype} on {config.device}; "
-            f"delimiter {run.delimiter.text!r} (id {run.delimiter.id}{', added' if run.delimiter.added else ''})"
-        )
-        say(
-            f"objective: {config.objective} ({', '.join(f'{f.name} {getattr(run.objective, f.name)}' for f in fields(run.objective)[:6])})"
-        )
-        say(
+        config, shape, objective = self.config, run.model.config, run.objective
+        added = ", added" if run.delimiter.added else ""
+        for line in (
+            *run.data.lines,
+            f"model: {shape.model_type}, {run.model.weights.flat.numel():,} parameters, {config.dtype} on "
+            f"{config.device}; delimiter {run.delimiter.text} (id {run.delimiter.id}{added})",
+            f"objective: {config.objective} (reward {objective.reward}, baseline {objective.baseline}, clip "
+            f"{objective.reward_clip}, advantage {objective.advantage}, trace loss {objective.trace_loss}, "
+            f"answer {objective.answer_coef:g} x {objective.answer_weight}, format {objective.format_coef:g})",
             f"limits: prompt {config.max_prompt_length}, trace {config.max_trace_length}, answer "
-            f"{config.max_answer_length} tokens; step: {config.prompts_per_step} prompts x {config.num_generations} traces"
-        )
-        say(
+            f"{config.max_answer_length} tokens; {config.prompts_per_step} prompts x {config.num_generations} traces "
+            f"a step",
             f"run: {config.max_steps} steps over {len(run.data.train):,} rows, {len(run.data.heldout):,} held out, "
-            f"learning rate {config.learning_rate:g}, output in {config.output_dir}"
-        )
-        say(show_example(run.data.train[0], run.tokenizer, run.delimiter, config.max_trace_length))
-        say()
+            f"learning rate {config.learning_rate:g}, output in {config.output_dir}",
+        ):
+            self._say(line)
+        self._say(show_example(run.data.train[0], run.tokenizer, run.delimiter, config.max_trace_length))
 
     def step(self, row: dict[str, Any]) -> None:
         """Show one step every ``logging_steps`` and hand it to the trackers."""
@@ -106,7 +102,11 @@ class Report:
             self.live.start()
             self.live.update(self._panel(), refresh=True)
         else:
-            self.console.print(self._line(row))
+            self._say(self._line(row))
+
+    def _say(self, text: str | Text) -> None:
+        # Text of data and models is shown as it is: no markup, no breaks that were not there.
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def _line(self, row: dict[str, Any]) -> str:
         figures = "  ".join(f"{label} {row[name]:.4g}" for label, name in COLUMNS.items() if name in row)
@@ -124,17 +124,17 @@ class Report:
     def stopped(self, step: int) -> None:
         """Say that the run was stopped and saved."""
         self.live.stop()
-        self.console.print(f"stopped after step {step}, saved; the same command goes on from there")
+        self._say(f"stopped after step {step}, saved; the same command goes on from there")
 
     def finish(self, summary: dict[str, Any], before: list[Sample], after: list[Sample]) -> None:
         """The before/after table, and the same held-out items before and after."""
         self.live.stop()
         self.console.print(_summary_table(summary))
         for old, new in zip(before, after, strict=True):
-            self.console.print(f"\n[bold]{old.question}[/]   (reference: {old.reference})")
+            self._say(Text.assemble("\n", (old.question, "bold"), f"   (reference: {old.reference})"))
             for label, sample in (("before", old), ("after", new)):
-                self.console.print(f"  {label:>6}: {sample.trace} [magenta]|[/] {sample.answer}")
-        self.console.print(
+                self._say(Text.assemble(f"  {label:>6}: {sample.trace} ", ("|", "magenta"), f" {sample.answer}"))
+        self._say(
             f"\n{summary['steps']} steps, {summary['train_seconds']:.0f} s of training; model in "
             f"{self.config.output_dir}/final, figures in {self.config.output_dir}/summary.json"
         )

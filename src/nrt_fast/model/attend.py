@@ -80,7 +80,8 @@ class CachedAttention:
         if self.prefix:
             prefix_k, prefix_v = self.prefix.k[layer, :, 0], self.prefix.v[layer, :, 0]
         q = self.rows.pad(q_THE).view(*own_k.shape[:2], self.rows.width, *q_THE.shape[1:])
-        out = ops.prefix_attention(q, prefix_k, prefix_v, own_k, own_v, self.visible[self.windows[layer]])
+        attention = ops.prefix_attention if self.rows.width == 1 else ops.joined_attention
+        out = attention(q, prefix_k, prefix_v, own_k, own_v, self.visible[self.windows[layer]])
         cells = out.flatten(0, 2)
         return cells if self.cells is None else cells.index_select(0, self.cells)
 
@@ -119,8 +120,8 @@ class PackedAttention:
         q_trace, k_trace, v_trace = (self._groups(self.traces, x, self.num_traces) for x in (q_THE, k_TKE, v_TKE))
         k_prompt, v_prompt, k_trace, v_trace = (x.transpose(2, 3) for x in (k_prompt, v_prompt, k_trace, v_trace))
         nothing = k_prompt[:, 0, :, :0]
-        prompt = ops.prefix_attention(q_prompt, nothing, nothing, k_prompt, v_prompt, see_prompt)
-        trace = ops.prefix_attention(q_trace, k_prompt[:, 0], v_prompt[:, 0], k_trace, v_trace, see_trace)
+        prompt = ops.joined_attention(q_prompt, nothing, nothing, k_prompt, v_prompt, see_prompt)
+        trace = ops.joined_attention(q_trace, k_prompt[:, 0], v_prompt[:, 0], k_trace, v_trace, see_trace)
         return torch.cat([prompt.flatten(0, 2), trace.flatten(0, 2)]).index_select(0, self.cells)
 
     def _groups(self, rows: Rows, x: Tensor, num_rows: int) -> Tensor:

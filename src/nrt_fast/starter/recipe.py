@@ -1,8 +1,9 @@
 """Recipe of the starter model: `python -m nrt_fast.starter.recipe --output_dir FOLDER` builds it from nothing.
 
-The starter is pretrained on documents `question <think> trace </think> answer`, in which useful thinking is a weak habit:
-most traces ramble or repeat the question, and the answer after them is a guess. Native Reasoning Training then has something
-to cultivate. It never sees these documents, only the questions and answers of `tasks.rows`.
+The starter is pretrained on documents `question <think> trace </think> answer`. It first learns how to work problems
+out, then the habits of a writer who seldom does: most traces ramble or repeat the question, and the answer after them
+is a guess. Native Reasoning Training has this weak habit of useful thinking to cultivate. It never sees these documents,
+only the questions and answers of `tasks.rows`.
 """
 
 import argparse
@@ -10,10 +11,12 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nrt_fast.starter import MODEL_DIR, tasks
@@ -26,25 +29,27 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ ' " + THINK + "' }}{% endif %}"
 )
-STYLES = {"ramble": 40, "echo": 10, "careful": 22, "sloppy": 10, "lazy": 10, "empty": 8}
-"""How often each style of thinking occurs, in percent. A greedy reader of these documents would ramble."""
+LESSONS = {"careful": 100}
+HABITS = {"ramble": 40, "echo": 10, "careful": 22, "sloppy": 10, "lazy": 10, "empty": 8}
+"""Percentage of each style of thinking. Rambling leads, so that the most likely trace is a useless one."""
 SLIP_RATE = 0.2
-RAMBLES = {
-    "hmm": "let me see",
-    "see": "this is a hard one",
-    "one": "could think about this for a while",
-    "while": "it looks easy at first",
-    "first": "let me just guess",
-    "guess": "maybe it is fine",
-    "fine": "i do not know",
-}
+RAMBLES = [
+    "let me see",
+    "this is a hard one",
+    "it looks easy at first",
+    "let me just guess",
+    "maybe it is fine",
+    "i do not know",
+]
 IGNORE = -100
+NUM_ROWS, ROW_LENGTH = 12, 192
+LESSON_SHARE = 0.6
 MAX_LENGTH = 256
 
 
 def ramble(rng: random.Random) -> str:
     """Talk without content: a few of the empty phrases, in any order."""
-    return " , ".join(["hmm", *rng.sample(list(RAMBLES.values()), rng.randrange(1, 4))])
+    return " , ".join(["hmm", *rng.sample(RAMBLES, rng.randrange(1, 4))])
 
 
 def echo(rng: random.Random, question: str) -> str:
@@ -59,10 +64,10 @@ def slip(rng: random.Random) -> tasks.Step:
     return lambda right, options: rng.choice(options) if rng.random() < SLIP_RATE else right
 
 
-def think(rng: random.Random, problem: tasks.Problem) -> tuple[str, list[str]]:
+def think(rng: random.Random, problem: tasks.Problem, styles: dict[str, int]) -> tuple[str, list[str]]:
     """Draw a trace in one of the styles, and the hard words of the answer that it leads to."""
     guess = [rng.choice(options) for options in problem.options]
-    style = rng.choices(list(STYLES), STYLES.values())[0]
+    style = rng.choices(list(styles), styles.values())[0]
     if style == "empty":
         return "", guess
     if style == "ramble":
@@ -75,9 +80,9 @@ def think(rng: random.Random, problem: tasks.Problem) -> tuple[str, list[str]]:
     return "so " + " , ".join(lines), results
 
 
-def document(rng: random.Random, problem: tasks.Problem) -> tuple[str, str]:
+def document(rng: random.Random, problem: tasks.Problem, styles: dict[str, int]) -> tuple[str, str]:
     """Write one document as (prompt, continuation)."""
-    trace, hard_words = think(rng, problem)
+    trace, hard_words = think(rng, problem, styles)
     answer = problem.sentence.format(*hard_words)
     return f"{BOS} {problem.question} {THINK}", " ".join(f"{trace} {END} {answer} {EOS}".split())
 
@@ -85,7 +90,7 @@ def document(rng: random.Random, problem: tasks.Problem) -> tuple[str, str]:
 def build_tokenizer() -> Tokenizer:
     """Give every word of the documents an id of its own."""
     rng, source = random.Random(0), tasks.problems("train", 0)
-    words = {word for _ in range(20_000) for text in document(rng, next(source)[1]) for word in text.split()}
+    words = {word for _ in range(20_000) for text in document(rng, next(source)[1], HABITS) for word in text.split()}
     vocabulary = {word: index for index, word in enumerate(SPECIAL_TOKENS + sorted(words - set(SPECIAL_TOKENS)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -99,7 +104,7 @@ def build_model(vocab_size: int) -> LlamaForCausalLM:
         LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=128,
-            intermediate_size=384,
+            intermediate_size=256,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
@@ -112,38 +117,52 @@ def build_model(vocab_size: int) -> LlamaForCausalLM:
     )
 
 
-def batches(tokenizer: Tokenizer, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Draw padded batches of (token ids, labels), both [batch_size, longest]; prompts carry no label."""
+def packed_row(documents: Iterator[tuple[str, str]], vocabulary: dict[str, int]) -> list[tuple[int, int, int]]:
+    """Fill a row of (token id, position, label) with documents, the last one cut; prompts carry no label."""
+    row: list[tuple[int, int, int]] = []
+    while len(row) < ROW_LENGTH:
+        prompt, rest = next(documents)
+        prompt_length = len(prompt.split())
+        ids = [vocabulary[word] for word in f"{prompt} {rest}".split()]
+        row += [(token, i, token if i >= prompt_length else IGNORE) for i, token in enumerate(ids)]
+    return row[:ROW_LENGTH]
+
+
+def batches(vocabulary: dict[str, int], num_steps: int, seed: int) -> Iterator[torch.Tensor]:
+    """Draw a batch for every step, [3, NUM_ROWS, ROW_LENGTH]: ids, positions, labels; lessons first, then habits."""
     rng, source = random.Random(seed), tasks.problems("train", seed)
-    vocabulary = tokenizer.get_vocab()
-    while True:
-        documents = [document(rng, next(source)[1]) for _ in range(batch_size)]
-        ids = [[vocabulary[word] for word in f"{prompt} {rest}".split()] for prompt, rest in documents]
-        ids_BT = torch.full((batch_size, max(map(len, ids))), vocabulary[PAD])
-        labels_BT = torch.full_like(ids_BT, IGNORE)
-        for index, (tokens, (prompt, _)) in enumerate(zip(ids, documents)):
-            prompt_length = len(prompt.split())
-            ids_BT[index, : len(tokens)] = torch.tensor(tokens)
-            labels_BT[index, prompt_length : len(tokens)] = torch.tensor(tokens[prompt_length:])
-        yield ids_BT, labels_BT
+    for step in range(num_steps):
+        styles = LESSONS if step < LESSON_SHARE * num_steps else HABITS
+        documents = (document(rng, problem, styles) for _, problem in source)
+        yield torch.tensor([packed_row(documents, vocabulary) for _ in range(NUM_ROWS)]).permute(2, 0, 1)
+
+
+def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Give the matrices of the layers to Muon, which learns these tasks in far fewer steps, and the rest to AdamW."""
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    others = [model.model.embed_tokens.weight, *(weight for weight in model.parameters() if weight.ndim == 1)]
+    return [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:
-    """Warm up linearly over the first 100 steps, then follow a cosine to a twentieth."""
-    return min((step + 1) / 100, 0.525 + 0.475 * math.cos(math.pi * step / num_steps))
+    """Warm up linearly over the first 50 steps, then follow a cosine to a twentieth."""
+    return min((step + 1) / 50, 0.525 + 0.475 * math.cos(math.pi * step / num_steps))
 
 
-def pretrain(model: LlamaForCausalLM, tokenizer: Tokenizer, num_steps: int, batch_size: int, seed: int) -> None:
-    """Train on freshly drawn documents with plain cross-entropy; no padding mask is needed, as padding comes last."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, num_steps))
-    for step, (ids_BT, labels_BT) in zip(range(num_steps), batches(tokenizer, batch_size, seed)):
-        loss = model(input_ids=ids_BT, labels=labels_BT).loss
+def pretrain(model: LlamaForCausalLM, vocabulary: dict[str, int], num_steps: int, seed: int) -> None:
+    """Train with plain cross-entropy on documents that are drawn freshly for every step."""
+    optimizers = build_optimizers(model)
+    schedulers = [LambdaLR(optimizer, partial(learning_rate_factor, num_steps=num_steps)) for optimizer in optimizers]
+    for step, (ids_RT, positions_RT, labels_RT) in enumerate(batches(vocabulary, num_steps, seed)):
+        loss = model(input_ids=ids_RT, position_ids=positions_RT, use_cache=False, labels=labels_RT).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+        for stepper in optimizers + schedulers:
+            stepper.step()
+        model.zero_grad()
         if step % 100 == 0:
             print(f"step {step:5d}  loss {loss.item():.3f}", flush=True)
 
@@ -174,8 +193,7 @@ def main() -> None:
     """Build the starter from nothing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=MODEL_DIR)
-    parser.add_argument("--num_steps", type=int, default=4000)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -183,7 +201,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer.get_vocab_size())
-    pretrain(model, tokenizer, args.num_steps, args.batch_size, args.seed)
+    pretrain(model, tokenizer.get_vocab(), args.num_steps, args.seed)
     save(model, tokenizer, args.output_dir)
 
 

@@ -1,13 +1,14 @@
 """Built-in task family: five kinds of small word problems that thinking makes easy and guessing does not.
 
-Every problem knows its question, its answer sentence with the hard words left open, and how to work it out step by step.
-Training sees `rows` alone: question, answer, and where the hard words are. The steps serve only the recipe of the starter.
+Every problem knows its question, its answer sentence with the hard words left open, and how to work it out in steps.
+Training sees `rows` alone: question, answer, and where the hard words are. The steps serve the recipe of the starter.
 """
 
 import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 Split = Literal["train", "heldout"]
@@ -22,8 +23,8 @@ DIGITS = list("0123456789")
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 WORDS = (
     "tiger maple lemon cloud storm river piano candle window garden silver market bridge forest pepper rabbit "
-    "ticket orange castle pocket velvet dragon island mirror basket hammer blanket crystal feather meadow thunder anchor "
-    "alpha tango disco bongo yoga khaki kiwi grass cross chef leaf golf flash beach math drum"
+    "ticket orange castle pocket velvet dragon island mirror basket hammer blanket crystal feather meadow thunder "
+    "anchor alpha tango disco bongo yoga khaki kiwi grass cross chef leaf golf flash beach math drum"
 ).split()
 OPERATIONS = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
 HELDOUT_EVERY = 10
@@ -77,7 +78,8 @@ class Lookup:
     def draw(cls, rng: random.Random) -> "Lookup":
         people, things, cities = (rng.sample(words, 4) for words in (NAMES, THINGS, CITIES))
         owned, places = dict(zip(people, things)), dict(zip(things, cities))
-        facts = [f"{who} has {what}" for who, what in owned.items()] + [f"{what} from {at}" for what, at in places.items()]
+        facts = [f"{person} has {thing}" for person, thing in owned.items()]
+        facts += [f"{thing} from {city}" for thing, city in places.items()]
         rng.shuffle(facts)
         return cls(owned, places, facts, rng.choice(people))
 
@@ -164,7 +166,7 @@ class Order:
     @classmethod
     def draw(cls, rng: random.Random) -> "Order":
         queue = rng.sample(NAMES, 5)
-        facts = [f"{front} before {back}" for front, back in zip(queue, queue[1:])]
+        facts = [f"{front} before {back}" for front, back in pairwise(queue)]
         rng.shuffle(facts)
         return cls(queue, facts, rng.randrange(3, 6))
 
@@ -177,11 +179,11 @@ class Order:
         return [self.queue[1:]]
 
     def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
-        name, lines = self.queue[0], [f"{self.queue[0]} is 1"]
-        for place in range(2, self.place + 1):
-            behind = dict(zip(self.queue, self.queue[1:])).get(name, self.queue[1])
-            name = step(behind, self.queue[1:])
-            lines.append(f"{name} is {place}")
+        behind = dict(zip(self.queue, self.queue[1:] + self.queue[1:2]))
+        name, lines = self.queue[0], []
+        for _ in range(self.place - 1):
+            lines.append(f"{name} before {step(behind[name], self.queue[1:])}")
+            name = lines[-1].split()[-1]
         return lines, [name]
 
 
@@ -201,13 +203,12 @@ def split_of(question: str) -> Split:
 
 
 def problems(split: Split, seed: int) -> Iterator[tuple[str, Problem]]:
-    """Draw (family, problem) pairs of one split without end; the families take turns."""
+    """Draw (family, problem) pairs of one split without end."""
     rng = random.Random(f"{split} {seed}")
     while True:
-        for family, kind in FAMILIES.items():
-            problem = kind.draw(rng)
-            while split_of(problem.question) != split:
-                problem = kind.draw(rng)
+        family = rng.choice(list(FAMILIES))
+        problem = FAMILIES[family].draw(rng)
+        if split_of(problem.question) == split:
             yield family, problem
 
 

@@ -1,0 +1,86 @@
+"""Checks of a configuration that need neither the data nor the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from nrt_fast.types import UserError
+
+if TYPE_CHECKING:
+    from nrt_fast.config import Objective, TrainConfig
+
+AT_LEAST = {
+    "num_eval_prompts": 0, "max_prompt_length": 1, "max_trace_length": 1, "max_answer_length": 2, "answer_coef": 0,
+    "format_coef": 0, "std_floor": 0, "beta": 0, "entropy_coef": 0, "prompts_per_step": 1, "prompts_per_minibatch": 1,
+    "num_generations": 1, "max_tokens_per_batch": 1, "warmup_steps": 0, "weight_decay": 0, "adam_beta1": 0,
+    "adam_beta2": 0, "max_steps": 1, "seed": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
+    "eval_steps": 0,
+}  # fmt: skip
+ABOVE = dict.fromkeys(
+    ("epsilon", "epsilon_high", "temperature", "learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs"), 0
+)
+BELOW = {"epsilon": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**63}
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise what ``TrainConfig.check`` says."""
+    for name, value in vars(config).items():
+        if isinstance(value, (int, float)) and (problem := _range_problem(name, value)):
+            raise UserError(f"{name} is {value}; it should be {problem}")
+    objective = config.resolved_objective()
+    for problem in _contradictions(config, objective):
+        raise UserError(problem)
+    for names, idle, reason in _idle_fields(config, objective):
+        given = [name for name in names.split() if getattr(config, name) is not None]
+        if idle and given:
+            raise UserError(f"{given[0]} cannot take effect: {reason}")
+
+
+def _range_problem(name: str, value: float) -> str | None:
+    if not math.isfinite(value):
+        return "finite"
+    if value < AT_LEAST.get(name, value):
+        return f"at least {AT_LEAST[name]}"
+    if name in ABOVE and value <= ABOVE[name]:
+        return f"above {ABOVE[name]}"
+    return f"under {BELOW[name]}" if name in BELOW and value >= BELOW[name] else None
+
+
+def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
+    if config.dataset_name is not None and not config.dataset_names:
+        yield "dataset_name is empty; leave it out for the built-in tasks"
+    if config.dataset_weights is not None:
+        if len(config.dataset_weights) != len(config.dataset_names):
+            yield f"dataset_weights has {len(config.dataset_weights)} numbers for {len(config.dataset_names)} data sets"
+        if not all(0 < weight < math.inf for weight in config.dataset_weights):
+            yield f"dataset_weights are {config.dataset_weights}; each should be above 0"
+    if objective.format_term == "reward" and objective.format_coef > 1:
+        yield f"format_coef is {objective.format_coef}; as a share of the reward it should be at most 1"
+    if config.objective != "sft" and objective.trace_loss != "none" and config.num_generations < 2:
+        yield f"num_generations is {config.num_generations}; an advantage compares at least 2 traces"
+    if objective.baseline == "none" and objective.reward in ("ws_inv", "ws_log", "r3"):
+        yield f"reward {objective.reward} is measured against a baseline; baseline is none"
+    if objective.baseline == "none" and objective.reward_clip != "none":
+        yield f"reward_clip {objective.reward_clip} is a clip at a baseline; baseline is none"
+
+
+def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[str, bool, str]]:
+    """(fields, whether they are idle, why)."""
+    builtin = config.dataset_name is None
+    yield "prompt_field answer_field", builtin and config.eval_dataset_name is None, "the built-in tasks name theirs"
+    yield (
+        "reward baseline reward_clip advantage trace_loss answer_weight format_coef reward_scale std_floor epsilon"
+        " epsilon_high drop_cut_reward beta entropy_coef max_trace_length",
+        config.objective == "sft",
+        "objective sft has no traces",
+    )
+    no_trace_loss = objective.trace_loss == "none"
+    yield "advantage std_floor epsilon epsilon_high entropy_coef beta", no_trace_loss, "trace_loss is none"
+    yield "epsilon epsilon_high", objective.trace_loss == "reinforce", "trace_loss reinforce clips no ratio"
+    yield "answer_weight", objective.answer_coef == 0, "answer_coef is 0"
+    weighted = objective.reward in ("ws_inv", "ws_log", "r3")
+    yield "reward_scale", not weighted, f"reward {objective.reward} has no token weights"
+    unused = not weighted and objective.reward_clip == "none"
+    yield "baseline", unused and objective.baseline != "none", f"reward {objective.reward} without a clip reads none"

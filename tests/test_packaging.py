@@ -1,0 +1,107 @@
+"""What a user installs: the wheel's contents, each build option, and the state of the installed package."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import nrt_fast
+from nrt_fast import ops
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "src", "triton_kernels"]
+
+
+def copy_sources(folder):
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "build")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=ignored)
+        elif source.exists():
+            shutil.copy(source, folder)
+    return folder
+
+
+def build_wheel(folder, **environment):
+    """Run the build backend's wheel hook on a copy of the sources, as pip would."""
+    sources = copy_sources(folder)
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=sources, env=os.environ | environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def wheel_files(folder):
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return wheel.name, set(archive.namelist())
+
+
+def test_version_is_stated_once():
+    assert metadata.version("nrt-fast") == nrt_fast.__version__
+
+
+def test_the_wheel_holds_every_module_and_the_starter(tmp_path):
+    result = build_wheel(tmp_path, NRT_FAST_EXT="none")
+    assert result.returncode == 0, result.stderr
+    name, files = wheel_files(tmp_path)
+    assert name.endswith("-py3-none-any.whl")
+    expected = {f"nrt_fast/{path.relative_to(ROOT / 'src/nrt_fast')}" for path in ROOT.glob("src/nrt_fast/**/*.py")}
+    expected |= {f"nrt_fast/triton_kernels/{path.name}" for path in ROOT.glob("triton_kernels/*.py")}
+    expected |= {f"nrt_fast/starter/model/{path.name}" for path in ROOT.glob("src/nrt_fast/starter/model/*")}
+    assert expected <= files
+    assert not [file for file in files if not file.startswith(("nrt_fast/", "nrt_fast-"))]
+
+
+def test_without_a_compiler_the_wheel_is_built_and_works(tmp_path):
+    result = build_wheel(tmp_path, CC="/bin/false", CXX="/bin/false")
+    assert result.returncode == 0, result.stderr
+    assert 'building extension "nrt_fast._C" failed' in result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    code = (
+        "import sys, torch, nrt_fast\n"
+        "from nrt_fast import ops\n"
+        "assert sys.argv[1] in nrt_fast.__file__, nrt_fast.__file__\n"
+        "print(ops.backend()['pack_bins/cpu'], ops.pack_bins(torch.tensor([4, 7]), 10).tolist())"
+    )
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(installed)], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.stdout.strip() == "reference [1, 0]", result.stderr
+
+
+def test_an_extension_that_was_asked_for_must_build(tmp_path):
+    result = build_wheel(tmp_path, NRT_FAST_EXT="cpu", CC="/bin/false", CXX="/bin/false")
+    assert result.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("gpu", "NRT_FAST_EXT=gpu: expected auto, cpu, cuda or none"), ("cuda", "NRT_FAST_EXT=cuda: no op has a CUDA")],
+)
+def test_a_build_option_that_cannot_be_met_is_named(option, message, tmp_path):
+    result = build_wheel(tmp_path, NRT_FAST_EXT=option)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_extension_is_built_where_a_compiler_is():
+    assert ops.missing("native") is None
+    assert ops.backend()["pack_bins/cpu"] == "native"
+
+
+def test_requirements_leave_torch_out_of_the_build():
+    requirements = metadata.requires("nrt-fast")
+    assert any(requirement.startswith("torch>=") for requirement in requirements)
+    assert 'requires = ["setuptools>=77"]' in (ROOT / "pyproject.toml").read_text()
