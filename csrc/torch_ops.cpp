@@ -53,9 +53,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_index(
   const Tensor prompts = checked_int64("cu_prompts", cu_prompts, {-1});
   const Tensor traces = checked_int64("cu_traces", cu_traces, {-1});
   const nrt_fast::PackInput input{
-      entries.const_data_ptr<int64_t>(), entries.size(0),
-      prompts.const_data_ptr<int64_t>(), prompts.numel() - 1,
-      traces.const_data_ptr<int64_t>(),  traces.numel() - 1};
+      entries.const_data_ptr<int64_t>(), entries.size(0), prompts.const_data_ptr<int64_t>(), prompts.numel() - 1,
+      traces.const_data_ptr<int64_t>(), traces.numel() - 1};
   const nrt_fast::PackSize size = nrt_fast::pack_size(input);
   Tensor source_T = empty_int64(entries, size.num_tokens);
   Tensor positions_T = empty_int64(entries, size.num_tokens);

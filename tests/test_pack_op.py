@@ -159,6 +159,12 @@ def test_bad_entries_are_refused(entry, cu_prompts, cu_traces, message):
         ops.pack_index(torch.tensor([entry]), int64(*cu_prompts), int64(*cu_traces))
 
 
+def test_what_runs_an_op_is_known():
+    assert ops.backend()["pack_index/cpu"] == ("native" if ops.missing("native") is None else "reference")
+    with ops.use("triton"), pytest.raises(LookupError, match="pack_bins on triton: there is no such implementation"):
+        ops.pack_bins(int64(1), 10)
+
+
 @native_only
 def test_more_tokens_than_int32_counts_are_refused():
     with pytest.raises(ValueError, match=r"more than 2\^31 - 1 packed tokens"):

@@ -1,9 +1,9 @@
 """Checkpoints that are complete or absent, in Hugging Face layout, and the folder of a run.
 
-    output_dir/run.json                what the run is: the fields that decide its result
-    output_dir/checkpoint-<step>/      model, tokenizer, optimizer.safetensors, *.safetensors, trainer_state.json
-    output_dir/checkpoint-<step>/manifest.json   size and SHA-256 of every file, written last
-    output_dir/final/                  model and tokenizer
+output_dir/run.json                what the run is: the fields that decide its result
+output_dir/checkpoint-<step>/      model, tokenizer, optimizer.safetensors, *.safetensors, trainer_state.json
+output_dir/checkpoint-<step>/manifest.json   size and SHA-256 of every file, written last
+output_dir/final/                  model and tokenizer
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ def rollout_metrics(
     """What was sampled and what it earned."""
     lengths = torch.tensor([float(len(ids)) for group in traces.trace_ids for ids in group])
     ends = [end is not None for group in traces.delimiter_logprobs for end in group]
-    gains = [row - log_b for group, log_b in zip(scores.logprobs, scores.baseline_logprobs, strict=True) for row in group]
+    gains = [
+        row - log_b for group, log_b in zip(scores.logprobs, scores.baseline_logprobs, strict=True) for row in group
+    ]
     raw, shaped = torch.cat(rewards.reward), torch.cat(rewards.shaped)
     stds = torch.stack([r.std() if len(r) > 1 else torch.zeros(()) for r in rewards.shaped])
     return {

@@ -75,9 +75,7 @@ def _until(ids: list[int], eos_id: int) -> list[int]:
     return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
 
 
-def summarise(
-    examples: list[Example], traces: Traces, scores: Scores, answers: list[list[list[int]]]
-) -> HeldOut:
+def summarise(examples: list[Example], traces: Traces, scores: Scores, answers: list[list[list[int]]]) -> HeldOut:
     """Reduce one evaluation to its means. Without traces (sft) the empty trace stands for them."""
     gains, hard_gains, hard_logps = [], [], []
     declared = all(example.hard_positions is not None for example in examples)

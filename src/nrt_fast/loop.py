@@ -104,7 +104,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def dry_run(config: TrainConfig) -> None:
     """Do everything up to one whole step, in memory; write nothing."""
-    run = prepare(config)
+    run = prepare(replace(config, report_to="none", eval_steps=0))
     with Report(run.config) as report:
         report.start(run)
         report.step(step(run, Progress(step=1)))

@@ -104,9 +104,7 @@ def reward(scores: Scores, traces: Traces, objective: Objective, noise: float, n
     return Rewards(raw, base, shaped, advantage, signal, _answer_weights(raw, token_weights, objective))
 
 
-def _answer_weights(
-    raw: list[Tensor], token_weights: list[list[Tensor]], objective: Objective
-) -> list[list[Tensor]]:
+def _answer_weights(raw: list[Tensor], token_weights: list[list[Tensor]], objective: Objective) -> list[list[Tensor]]:
     choose = {
         "fixed": lambda weight_A, _: torch.ones_like(weight_A),
         "derived": lambda weight_A, _: weight_A,

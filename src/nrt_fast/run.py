@@ -12,7 +12,7 @@ from torch import Tensor
 from nrt_fast import checkpoint
 from nrt_fast.config import Objective, TrainConfig
 from nrt_fast.data import Data, Delimiter, Limits, Order, check_vocabulary, choose_delimiter, load_data, load_tokenizer
-from nrt_fast.engine import Engine
+from nrt_fast.engine import MAX_CACHE_BYTES, Engine
 from nrt_fast.model import Model
 from nrt_fast.model.model import model_folder
 from nrt_fast.optim import AdamW
@@ -144,7 +144,7 @@ def prepare(config: TrainConfig) -> Run:
         data=data,
         order=Order(data.num_per_dataset, config.dataset_weights, config.seed),
         model=model,
-        engine=Engine(model, delimiter_id=delimiter.id, eos_id=eos_ids),
+        engine=Engine(model, delimiter_id=delimiter.id, eos_id=eos_ids, max_cache_bytes=_cache_bytes(device)),
         optimizer=_optimizer(model, config),
         frozen=model.clone() if objective.baseline == "frozen" or objective.beta else None,
         ema=model.clone() if objective.baseline == "ema" else None,
@@ -163,6 +163,11 @@ def _optimizer(model: Model, config: TrainConfig) -> AdamW:
         weights.flat, weights.leaves.values(), weights.num_matrix_elements, (config.adam_beta1, config.adam_beta2),
         config.adam_epsilon, config.weight_decay,
     )  # fmt: skip
+
+
+def _cache_bytes(device: torch.device) -> int:
+    # A share of all memory, not of what is free: the same waves every time.
+    return torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else MAX_CACHE_BYTES
 
 
 def _device(name: str) -> torch.device:

@@ -14,7 +14,6 @@ from nrt_fast.model import Model
 from nrt_fast.optim import AdamW
 from nrt_fast.types import ANSWER, FORMAT, TRACE, LossTokens, PackedBatch, UserError
 
-
 TRACE_LOSSES = {"cispo": ops.cispo, "ppo": ops.ppo, "reinforce": ops.reinforce}
 
 
@@ -67,10 +66,15 @@ def train_step(
         for name, term in terms.items():
             sums[name] += float(term.detach()) / tokens.normalizer
         sums["total"] += float(total.detach())
+    _check_finite("loss", sums["total"])
     grad_norm = optimizer.step(lr, max_grad_norm)
-    if not math.isfinite(sums["total"]) or not math.isfinite(grad_norm):
-        raise UserError(f"the loss is {sums['total']} and its gradient norm {grad_norm}: weights were left as they were")
+    _check_finite("gradient norm", grad_norm)
     return TrainStats(logprobs_A, entropy_A, sums, grad_norm)
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise UserError(f"the {name} is {value}: the weights are as before this step; a lower learning rate may help")
 
 
 def _logprobs(model: Model, tokens: LossTokens, batch: PackedBatch) -> tuple[Tensor, Tensor]:

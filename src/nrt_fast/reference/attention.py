@@ -72,5 +72,5 @@ def joined_attention(
         for prefix, own in ((prefix_k, own_k), (prefix_v, own_v))
     )
     q, visible = q_PGQHE.flatten(0, 1).transpose(1, 2), visible_PGQS.flatten(0, 1)[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=H != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=k.shape[1] != H)
     return out.transpose(1, 2).reshape(P, G, Q, H, E)
