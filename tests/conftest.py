@@ -1,6 +1,7 @@
-"""What the tests share: the device, memory that is never zero by luck, and the rule for tests that need a GPU."""
+"""What the tests share: the device, memory that is never zero by luck, tiny models, real data where it is present."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,11 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, so it comes before any import of one
+SHARED_DATA = Path(__file__).parents[2] / "shared/data"
+TINY = {
+    "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -28,3 +34,29 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the real data of {SHARED_DATA}, which is no part of the repository")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def make_module():
+    """Builder of tiny transformers models. Every parameter is random: no bias is 0, no norm is 1, logits spread."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def build(model_type: str = "llama", seed: int = 0, **config) -> torch.nn.Module:
+        module = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(TINY | config))).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 2:
+                parameter.data = noise * (0.4 if "embed" in name else 2.0 * parameter.shape[1] ** -0.5)
+            else:
+                parameter.data = 0.3 * noise + (0.0 if "bias" in name else 1.0)
+        return module
+
+    return build

@@ -85,7 +85,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             held_out, samples = evaluate(run)
             progress.before, progress.samples = asdict(held_out), [asdict(sample) for sample in samples]
             run.noise = _measure_noise(run)
-        for progress.step in range(progress.step + 1, num_steps + 1):
+        while progress.step < num_steps:
+            progress.step += 1
             row = step(run, progress)
             metrics.write(row)
             report.step(row)
@@ -200,7 +201,7 @@ def learn(
 
 
 def evaluate(run: Run, num_items: int | None = None) -> tuple[HeldOut, list[Sample]]:
-    """Held-out means with one trace each, sampled at temperature 1 with the same noise every time, and three samples."""
+    """Held-out means, one trace each, sampled at temperature 1 with the same noise every time; and three samples."""
     examples = list(islice(run.data.heldout, num_items))
     num_generations = min(1, run.config.num_generations)
     thoughts = think(run, examples, num_generations, 1.0, 0, Timer(), answer_greedily=True)

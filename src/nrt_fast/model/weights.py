@@ -87,7 +87,7 @@ class SharedWeights:
     """The parameters of a live ``transformers`` module, without a copy."""
 
     def __init__(self, module: torch.nn.Module):
-        self.tensors = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+        self.tensors = dict(module.state_dict(keep_vars=True))
 
     def group(self, *names: str) -> tuple[Tensor, ...]:
         """The named parameters one by one, or nothing where the model has none."""

@@ -1,0 +1,456 @@
+"""Data: files to rows, rows to pairs, pairs to token ids, and the order they come in."""
+
+import csv
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from nrt_fast import data
+from nrt_fast.config import TrainConfig
+from nrt_fast.data.render import plain_prompt
+from nrt_fast.starter import MODEL_DIR
+from nrt_fast.types import UserError
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+WIDE = data.Limits(max_prompt_length=100, max_answer_length=100)
+QA = [{"question": "one two", "answer": "three"}, {"question": 'zwei, "drei"\nvier', "answer": "fünf 五"}]
+CHAT = "{% for m in messages %}<bos> {{ m['role'] }} {{ m['content'] }} {% endfor %}{{ mode or 'think' }}"
+
+
+def word_tokenizer(*special, chat_template=None):
+    words = "Question: Answer: Reasoning: user system one two three four five six think hush".split()
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<bos>", "<eos>", *special, *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        additional_special_tokens=list(special), chat_template=chat_template,
+    )  # fmt: skip
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def numbered_rows(num_rows, answer="three"):
+    return [{"question": f"one {'two ' * (index % 5)}", "answer": answer} for index in range(num_rows)]
+
+
+def words(tokenizer, ids):
+    return " ".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+# Reading
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path, rows):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+WRITERS = {
+    "a.jsonl": write_jsonl,
+    "a.json": lambda path, rows: path.write_text(json.dumps(rows, indent=1), encoding="utf-8"),
+    "data.json": lambda path, rows: path.write_text(json.dumps({"data": rows}), encoding="utf-8"),
+    "a.csv": write_csv,
+    "a.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_rows(tmp_path, name, compressed):
+    path = tmp_path / name
+    WRITERS[name](path, QA)
+    if compressed:
+        path = tmp_path / f"{name}.gz"
+        path.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    assert [row.fields for row in data.read_rows(str(path))] == QA
+
+
+def test_rows_are_numbered_by_their_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n  \n{"a": 2}')
+    (tmp_path / "a.csv").write_text('a,b\n"x\ny",1\nz,2\n', encoding="utf-8")
+    assert [row.where.rpartition(", ")[2] for row in data.read_rows(str(tmp_path / "a.jsonl"))] == ["row 1", "row 4"]
+    assert [row.where.rpartition(", ")[2] for row in data.read_rows(str(tmp_path / "a.csv"))] == ["row 2", "row 4"]
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl", QA)
+    assert len(list(data.read_rows("~/a.jsonl"))) == 2
+
+
+def test_folders_saved_by_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(QA)
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "splits")
+    assert [row.fields for row in data.read_rows(str(tmp_path / "one"))] == QA
+    assert [row.fields for row in data.read_rows(str(tmp_path / "splits"), "test")] == QA[1:]
+
+
+def test_hub_ids_go_to_datasets(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*args, split):
+        asked.append((*args, split))
+        return datasets.Dataset.from_list(QA)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [row.where for row in data.read_rows("owner/name:main", "validation")][1] == "owner/name:main, row 2"
+    assert [row.fields for row in data.read_rows("owner/name")] == QA
+    assert asked == [("owner/name", "main", "validation"), ("owner/name", None, "train")]
+
+
+# Schemas
+
+USER = [{"role": "user", "content": "one"}]
+SPOKEN = [*USER, {"role": "assistant", "content": "two"}]
+SCHEMAS = {
+    "messages": ({"messages": SPOKEN}, USER, "two"),
+    "several turns": (
+        {"messages": [*SPOKEN, *USER, {"role": "assistant", "content": "four"}]},
+        [*SPOKEN, *USER],
+        "four",
+    ),
+    "open last turn": ({"messages": [*SPOKEN, *USER]}, USER, "two"),
+    "messages and solution": ({"messages": USER, "solution": "two"}, USER, "two"),
+    "prompt and completion": ({"prompt": "one", "completion": "two"}, USER, "two"),
+    "conversational": ({"prompt": USER, "completion": SPOKEN[1:]}, USER, "two"),
+    "prompt and label": ({"prompt": "one", "label": 2}, USER, "2"),
+    "verl": ({"prompt": USER, "reward_model": {"style": "rule", "ground_truth": "two"}}, USER, "two"),
+    "question and answer": ({"id": 7, "question": "one", "answer": "two", "solution": "x"}, USER, "two"),
+    "alpaca": ({"instruction": "one", "input": "", "output": "two"}, USER, "two"),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]}, USER, "two"),
+    "completion before answer": ({"prompt": "one", "answer": "x", "completion": "two"}, USER, "two"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas_are_detected(name):
+    fields, messages, answer = SCHEMAS[name]
+    pair = data.detect_schema([data.Row(fields, "f, row 1")]).pair(data.Row(fields, "f, row 1"))
+    assert (pair.messages, pair.answer, pair.where) == (messages, answer, "f, row 1")
+
+
+def test_input_follows_the_instruction():
+    row = data.Row({"instruction": "one", "input": "two", "output": "three"}, "f, row 1")
+    schema = data.detect_schema([row])
+    assert schema.pair(row).question == "one\n\ntwo"
+    assert str(schema) == "instruction (+ input) + output"
+
+
+@pytest.mark.parametrize(
+    ("fields", "names", "question", "answer"),
+    [
+        ({"question": "one", "answer": "x", "solution": "two"}, (None, "solution"), "one", "two"),
+        ({"q": {"text": "one"}, "answer": "two"}, ("q.text", None), "one", "two"),
+        ({"q.text": "one", "a": {"b": {"c": "two"}}}, ("q.text", "a.b.c"), "one", "two"),
+        ({"messages": SPOKEN, "solution": "three"}, (None, "solution"), "one", "three"),
+    ],
+)
+def test_named_fields_win(fields, names, question, answer):
+    row = data.Row(fields, "f, row 1")
+    pair = data.detect_schema([row], *names).pair(row)
+    assert (pair.question, pair.answer) == (question, answer)
+
+
+# The tokenizer and its delimiter
+
+
+@pytest.mark.parametrize(
+    ("special", "text"),
+    [
+        (["</think>"], "</think>"),
+        (["<|reserved_special_token_1|>", "<|reserved_special_token_0|>", "</think>"], "</think>"),
+        (["<|reserved_special_token_0|>", "<|reserved_special_token_1|>"], "<|reserved_special_token_0|>"),
+        (["[INST]", "[control_8]"], "[control_8]"),
+        (["<pad>", "<unused0>"], "<unused0>"),
+    ],
+)
+def test_a_token_there_is_becomes_the_delimiter(special, text):
+    tokenizer = word_tokenizer(*special)
+    size = len(tokenizer)
+    assert data.choose_delimiter(tokenizer) == data.Delimiter(tokenizer.convert_tokens_to_ids(text), text, added=False)
+    assert len(tokenizer) == size
+
+
+def test_else_a_delimiter_is_added_once():
+    tokenizer = word_tokenizer()
+    size = len(tokenizer)
+    assert data.choose_delimiter(tokenizer) == data.Delimiter(size, "</think>", added=True)
+    assert data.choose_delimiter(tokenizer) == data.Delimiter(size, "</think>", added=False)
+    assert tokenizer("one </think> two", add_special_tokens=False)["input_ids"][1] == size
+
+
+def test_named_delimiter():
+    tokenizer = word_tokenizer("</think>")
+    assert data.choose_delimiter(tokenizer, "hush").id == tokenizer.convert_tokens_to_ids("hush")
+
+
+def test_vocabulary_that_just_fits():
+    tokenizer = word_tokenizer()
+    data.check_vocabulary(tokenizer, len(tokenizer))
+
+
+# Rendering
+
+
+def render_one(tokenizer, fields, **kwargs):
+    row = data.Row(fields, "f, row 1")
+    return data.render([data.detect_schema([row]).pair(row)], tokenizer, **kwargs)[0]
+
+
+def test_plain_template_and_closed_answer():
+    tokenizer = word_tokenizer()
+    example = render_one(tokenizer, {"question": "one two", "answer": "three"}, first_uid=5)
+    assert words(tokenizer, example.prompt_ids) == "<bos> Question: one two Reasoning:"
+    assert words(tokenizer, example.answer_ids) == "three <eos>"
+    assert (example.uid, example.question, example.answer, example.hard_positions) == (5, "one two", "three", None)
+
+
+def test_plain_template_of_several_turns():
+    turns = [{"role": "system", "content": "six"}, *SPOKEN, {"role": "user", "content": "{three}"}]
+    assert plain_prompt(turns) == "six\n\nQuestion: one\n\nAnswer: two\n\nQuestion: {three}\n\nReasoning:"
+
+
+def test_chat_template_is_the_tokenizers_own():
+    tokenizer = word_tokenizer(chat_template=CHAT)
+    example = render_one(tokenizer, {"question": "one two", "answer": "three"})
+    direct = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "one two"}], add_generation_prompt=True, tokenize=True
+    )
+    assert example.prompt_ids == list(getattr(direct, "data", {"input_ids": direct})["input_ids"])
+    assert words(tokenizer, example.prompt_ids) == "<bos> user one two think"
+
+
+def test_chat_template_kwargs_reach_the_template():
+    tokenizer = word_tokenizer(chat_template=CHAT)
+    example = render_one(tokenizer, QA[0], chat_template_kwargs={"mode": "hush"})
+    assert words(tokenizer, example.prompt_ids).endswith("two hush")
+
+
+def test_bos_is_never_doubled():
+    tokenizer = word_tokenizer()
+    turns = [{"role": "system", "content": "<bos> six"}, *SPOKEN]
+    example = render_one(tokenizer, {"messages": turns})
+    assert example.prompt_ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("answer", ["three four", "three four <eos>", "three <eos> four", "<eos> three four <eos>"])
+def test_an_answer_ends_once(answer):
+    tokenizer = word_tokenizer()
+    fields = {"question": "one", "answer": answer, "hard_spans": [[answer.index("four"), answer.index("four") + 4]]}
+    example = render_one(tokenizer, fields)
+    assert words(tokenizer, example.answer_ids) == "three four <eos>"
+    assert example.hard_positions == (1,)
+
+
+def test_hard_spans_mark_the_tokens_they_touch():
+    fields = {"question": "one", "answer": "one  two three four", "hard_spans": [[0, 1], [7, 11]]}
+    assert render_one(word_tokenizer(), fields).hard_positions == (0, 1, 2)
+
+
+def test_rows_of_a_batch_do_not_touch_one_another():
+    tokenizer = word_tokenizer()
+    rows = [data.Row(fields, "f") for fields in (*numbered_rows(4), {**QA[0], "hard_spans": [[0, 5]]})]
+    schema = data.detect_schema(rows)
+    together = data.render([schema.pair(row) for row in rows], tokenizer)
+    alone = [data.render([schema.pair(row)], tokenizer, uid)[0] for uid, row in enumerate(rows)]
+    assert together == alone
+
+
+# Loading
+
+
+def test_limits_drop_and_count(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [*numbered_rows(5), {"question": "one", "answer": "two " * 9}])
+    loaded = data.load_data(TrainConfig(dataset_name=path), word_tokenizer(), data.Limits(6, 5), 0)
+    assert [example.uid for example in loaded.train] == [0, 1, 2]
+    assert loaded.lines == [
+        f"{path}: 6 rows, question + answer",
+        "dropped 2 of 6 rows: prompt over 6 tokens",
+        "dropped 1 of 6 rows: answer over 5 tokens",
+    ]
+
+
+def test_truncate_left_keeps_bos_and_the_end(tmp_path):
+    tokenizer = word_tokenizer()
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "one two three four", "answer": "five"}])
+    limits = data.Limits(4, 5, overlong_prompts="truncate_left")
+    loaded = data.load_data(TrainConfig(dataset_name=path), tokenizer, limits, 0)
+    assert words(tokenizer, loaded.train[0].prompt_ids) == "<bos> three four Reasoning:"
+    assert loaded.lines[1] == "cut the start of 1 of 1 rows: prompt over 4 tokens"
+
+
+def test_examples_survive_compact_storage():
+    examples = data.render([data.Pair(USER, "two", [(0, 3)], "f, row 1")], word_tokenizer(), 3)
+    assert list(data.Examples(examples)) == examples
+    assert list(data.Examples.join([data.Examples(examples)] * 2).select([1])) == examples
+
+
+def test_several_data_sets(tmp_path):
+    first = write_jsonl(tmp_path / "a.jsonl", numbered_rows(30))
+    second = write_jsonl(tmp_path / "b.jsonl", numbered_rows(20, "four"))
+    config = TrainConfig(dataset_name=f"{first}, {second}", seed=1)
+    loaded = data.load_data(config, word_tokenizer(), WIDE, 10)
+    uids = [example.uid for example in loaded.train]
+    heldout = [example.uid for example in loaded.heldout]
+    assert sorted(uids + heldout) == list(range(50))
+    assert uids == sorted(uids)
+    assert loaded.num_per_dataset == [sum(uid < 30 for uid in uids), sum(uid >= 30 for uid in uids)]
+    again = data.load_data(config, word_tokenizer(), WIDE, 10)
+    assert [example.uid for example in again.heldout] == heldout
+    other = data.load_data(TrainConfig(dataset_name=[first, second], seed=2), word_tokenizer(), WIDE, 10)
+    assert [example.uid for example in other.heldout] != heldout
+
+
+def test_named_heldout_data_leaves_the_training_data_whole(tmp_path):
+    train = write_jsonl(tmp_path / "a.jsonl", numbered_rows(10))
+    heldout = write_jsonl(tmp_path / "b.jsonl", numbered_rows(8, "four"))
+    config = TrainConfig(dataset_name=train, eval_dataset_name=heldout)
+    loaded = data.load_data(config, word_tokenizer(), WIDE, 5)
+    assert (loaded.num_per_dataset, len(loaded.heldout)) == ([10], 5)
+    assert {example.answer for example in loaded.heldout} == {"four"}
+
+
+def test_built_in_tasks():
+    tokenizer = data.load_tokenizer(str(MODEL_DIR))
+    loaded = data.load_data(TrainConfig(), tokenizer, WIDE, 50)
+    assert len(loaded.train) == sum(loaded.num_per_dataset) == 20_000
+    assert len(loaded.heldout) == 50
+    assert not {example.question for example in loaded.heldout} & {example.question for example in loaded.train}
+    for example in loaded.heldout:
+        assert tokenizer.unk_token_id not in [*example.prompt_ids, *example.answer_ids]
+        assert 1 <= len(example.hard_positions) < len(example.answer_ids) - 1
+
+
+# Order
+
+
+@pytest.mark.parametrize("sizes", [[7], [3, 4]])
+def test_each_pass_has_every_row_once(sizes):
+    order = data.Order(sizes, seed=3)
+    passes = [order.take(7) for _ in range(20)]
+    assert all(sorted(rows) == list(range(7)) for rows in passes)
+    assert len({tuple(rows) for rows in passes}) > 15
+    assert (order.position, order.epoch) == (140, 20.0)
+
+
+def test_order_depends_on_the_seed_alone():
+    assert data.Order([50], seed=1).take(120) == data.Order([20, 30], seed=1).take(120)
+    assert data.Order([50], seed=1).take(50) != data.Order([50], seed=2).take(50)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.5, 0.1]])
+def test_order_resumes_anywhere(weights):
+    whole = data.Order([5, 6, 7], weights, seed=9).take(100)
+    for position in (0, 1, 17, 18, 19, 63):
+        before = data.Order([5, 6, 7], weights, seed=9)
+        before.take(position)
+        after = data.Order([5, 6, 7], weights, seed=9)
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        assert after.position == position
+        assert after.take(100 - position) == whole[position:]
+
+
+def test_far_positions_are_reached_at_once():
+    order = data.Order([1000], seed=0)
+    order.load_state_dict({"sizes": [1000], "drawn": [10**15]})
+    assert sorted(order.take(1000)) == list(range(1000))
+
+
+def test_weights_are_kept_at_any_moment():
+    order = data.Order([10, 1000, 100], [5.0, 3.0, 2.0], seed=4)
+    rows = order.take(3000)
+    for end in range(1, 3000, 37):
+        drawn = Counter("first" if row < 10 else "second" if row < 1010 else "third" for row in rows[:end])
+        for name, share in (("first", 0.5), ("second", 0.3), ("third", 0.2)):
+            assert abs(drawn[name] - share * end) <= 1
+    assert Counter(row for row in rows if row < 10) == dict.fromkeys(range(10), 150)
+
+
+def test_a_changed_data_set_is_noticed():
+    order = data.Order([10])
+    with pytest.raises(UserError, match="10"):
+        order.load_state_dict(data.Order([11]).state_dict())
+
+
+# What is shown
+
+
+def test_shown_example_has_its_boundaries():
+    tokenizer = word_tokenizer("</think>")
+    delimiter = data.choose_delimiter(tokenizer)
+    fields = {"question": "one", "answer": "two three", "hard_spans": [[4, 9]]}
+    shown = data.show_example(render_one(tokenizer, fields), tokenizer, delimiter, 32)
+    assert shown.plain.splitlines() == [
+        "f, row 1",
+        "prompt          4 tokens | <bos> Question: one Reasoning:",
+        "trace       <= 32 tokens | (sampled)",
+        "delimiter        1 token | </think>",
+        "answer          3 tokens | twothree<eos>",
+    ]
+    (span,) = (span for span in shown.spans if "underline" in str(span.style))
+    assert shown.plain[span.start : span.end] == "three"
+    with (console := Console(width=200, force_terminal=False)).capture() as capture:
+        console.print(shown)
+    assert "\x1b" not in capture.get()
+
+
+def test_a_prompt_that_closes_the_thinking_is_pointed_out():
+    tokenizer = word_tokenizer("</think>", chat_template="user {{ messages[0]['content'] }} </think>")
+    shown = data.show_example(render_one(tokenizer, QA[0]), tokenizer, data.choose_delimiter(tokenizer), 32)
+    assert "note: the prompt holds </think> already" in shown.plain
+
+
+# Real data
+
+
+def shared(path):
+    if not (SHARED / path).exists():
+        pytest.skip(f"{path} of the shared data is not here")
+    return str(SHARED / path)
+
+
+def test_real_data_sets():
+    names = [shared("train/gsm8k_train.jsonl.gz"), shared("train/dolly.jsonl.gz")]
+    tokenizer = data.load_tokenizer(shared("checkpoints/stories260K/hf"))
+    data.check_vocabulary(tokenizer, 512)
+    assert data.choose_delimiter(tokenizer) == data.Delimiter(512, "</think>", added=True)
+    loaded = data.load_data(TrainConfig(dataset_name=names), tokenizer, data.Limits(256, 256), 64)
+    assert [line.rpartition("/")[2] for line in loaded.lines] == [
+        "gsm8k_train.jsonl.gz: 7,473 rows, question + answer",
+        "dropped 380 of 7,473 rows: prompt over 256 tokens",
+        "dolly.jsonl.gz: 5,003 rows, question + answer",
+        "dropped 1,364 of 5,003 rows: answer over 256 tokens",
+        "dropped 18 of 5,003 rows: prompt over 256 tokens",
+    ]
+    first = loaded.train[0]
+    assert tokenizer.decode(first.prompt_ids[1:]).startswith("Question: Natalia sold clips to 48 of her friends")
+    assert first.prompt_ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(first.answer_ids) == "72</s>"
+
+
+def test_real_chat_template():
+    tokenizer = data.load_tokenizer(shared("tokenizers/smollm2_135m"))
+    (ids,) = data.encode_prompts([USER], tokenizer)
+    assert tokenizer.decode(ids).endswith("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n")
