@@ -60,3 +60,14 @@ def make_module():
         return module
 
     return build
+
+
+@pytest.fixture(scope="session")
+def reference_logits():
+    """What everything is compared with: [T, V] of one sequence, by transformers, without a cache or a batch."""
+
+    @torch.no_grad()
+    def logits(module: torch.nn.Module, token_ids: list[int]) -> torch.Tensor:
+        return module(torch.tensor([token_ids]), use_cache=False).logits[0]
+
+    return logits

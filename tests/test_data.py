@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nrt_fast import data
 from nrt_fast.config import TrainConfig
+from nrt_fast.data.load import NUM_BUILTIN_ROWS
 from nrt_fast.data.render import plain_prompt
 from nrt_fast.starter import MODEL_DIR
 from nrt_fast.types import UserError
@@ -335,7 +336,7 @@ def test_named_heldout_data_leaves_the_training_data_whole(tmp_path):
 def test_built_in_tasks():
     tokenizer = data.load_tokenizer(str(MODEL_DIR))
     loaded = data.load_data(TrainConfig(), tokenizer, WIDE, 50)
-    assert len(loaded.train) == sum(loaded.num_per_dataset) == 20_000
+    assert len(loaded.train) == sum(loaded.num_per_dataset) == NUM_BUILTIN_ROWS
     assert len(loaded.heldout) == 50
     assert not {example.question for example in loaded.heldout} & {example.question for example in loaded.train}
     for example in loaded.heldout:

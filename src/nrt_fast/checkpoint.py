@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,8 +23,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nrt_fast.metrics import replace_file
+from nrt_fast.metrics import fsync, replace_file
 from nrt_fast.types import UserError
+
+logger = logging.getLogger(__name__)
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
 TOKENIZER_FILES = (
@@ -46,7 +49,10 @@ def claim_folder(output_dir: Path, identity: dict[str, Any]) -> None:
                 raise UserError(f"output_dir {output_dir} is not empty and holds no run; choose an empty or new folder")
             replace_file(path, json.dumps(identity, indent=2) + "\n")
             return
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); choose another output_dir") from error
     different = [key for key in identity if found.get(key) != identity[key]]
     if different:
         key = different[0]
@@ -54,6 +60,8 @@ def claim_folder(output_dir: Path, identity: dict[str, Any]) -> None:
             f"output_dir {output_dir} belongs to another run: {key} was {found.get(key)!r} there and is "
             f"{identity[key]!r} now; choose another output_dir, or the fields of that run to go on with it"
         )
+    for leftover in output_dir.glob(".*.tmp"):  # of a run that was killed
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def save(
@@ -64,7 +72,9 @@ def save(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write ``checkpoint-<step>`` so that it is there whole or not at all; then drop all but the newest ``keep``.
+    """Write ``checkpoint-<step>`` so that it is there whole or not at all; then drop what is not needed any more.
+
+    The newest ``keep`` up to this step stay. Later ones are of a course that the run has left, or are incomplete.
 
     Args:
         save_model: writes model and tokenizer into a folder.
@@ -82,8 +92,11 @@ def save(
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
         manifest = {path.name: describe(path) for path in sorted(folder.iterdir())}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for _, old in _numbered(output_dir)[:-keep]:
-        shutil.rmtree(old)
+    numbered = _numbered(output_dir)
+    kept = [path for number, path in numbered if number <= step][-keep:]
+    for _, path in numbered:
+        if path not in kept:
+            _remove(path)
     return final
 
 
@@ -97,12 +110,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
             folder.mkdir(parents=True)
             yield folder
             for path in folder.iterdir():
-                _fsync(path)
-            _fsync(folder)
-            if final.exists():
-                shutil.rmtree(final)
+                fsync(path)
+            fsync(folder)
+            _remove(final)
             folder.rename(final)
-            _fsync(final.parent)
+            fsync(final.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -117,9 +129,10 @@ def told_when_full(path: Path) -> Iterator[None]:
         raise UserError(_refused(path, error)) from error
     except Exception as error:
         # safetensors wraps the operating system's error in its own.
-        if "No space left" not in str(error) and "os error 28" not in str(error):
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
             raise
-        raise UserError(_refused(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))) from error
+        raise UserError(_refused(path, OSError(int(number[1]), os.strerror(int(number[1]))))) from error
 
 
 def _refused(path: Path, error: OSError) -> str:
@@ -129,7 +142,12 @@ def _refused(path: Path, error: OSError) -> str:
 
 def newest(output_dir: Path) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
-    return next((path for _, path in reversed(_numbered(output_dir)) if problem(path) is None), None)
+    for _, path in reversed(_numbered(output_dir)):
+        wrong = problem(path)
+        if wrong is None:
+            return path
+        logger.warning("%s is passed over: %s", path, wrong)
+    return None
 
 
 def problem(folder: Path) -> str | None:
@@ -181,9 +199,10 @@ def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in steps if match)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(folder: Path) -> None:
+    """Delete a folder that may not be there. It loses its name first: a crash leaves no half of it under that name."""
+    if folder.exists():
+        unnamed = folder.with_name(f".{folder.name}.old.tmp")
+        shutil.rmtree(unnamed, ignore_errors=True)
+        folder.rename(unnamed)
+        shutil.rmtree(unnamed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nrt_fast.metrics import replacing
 from nrt_fast.rewards import Rewards
 from nrt_fast.types import Example, Scores, Traces
 
@@ -31,4 +32,5 @@ def write_completions(
     ]
     folder = output_dir / "completions"
     folder.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / f"completions_{step:05d}.parquet")
+    with replacing(folder / f"completions_{step:05d}.parquet") as path:
+        pq.write_table(pa.Table.from_pylist(rows), path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import torch
 from torch import Tensor
 
@@ -45,20 +47,58 @@ def rollout_metrics(
     }
 
 
-def train_metrics(tokens: LossTokens, stats: TrainStats) -> dict[str, float]:
+def train_metrics(tokens: LossTokens, stats: TrainStats, objective: Objective, on_policy: bool) -> dict[str, float]:
     """What the optimiser step saw; sampler and scorer against trainer among it."""
     packed_A = ~torch.isnan(stats.logprobs_A)
-    difference_A = (stats.logprobs_A - tokens.old_logprobs_A).abs()
+    difference_A = stats.logprobs_A - tokens.old_logprobs_A
     trace_A, answer_A = ((tokens.kind_A == kind) & packed_A for kind in (TRACE, ANSWER))
-    return {
+    metrics = {
         "loss": stats.loss["total"],
         **{f"loss/{name}": value for name, value in stats.loss.items() if name != "total"},
         "grad_norm": stats.grad_norm,
-        "entropy": _tensor_mean(stats.entropy_A[trace_A]),
-        "nrt/dlogp_mean": _tensor_mean(difference_A[trace_A]),
-        "nrt/dlogp_max": float(difference_A[trace_A].max()) if trace_A.any() else 0.0,
-        "nrt/dlogp_answer_max": float(difference_A[answer_A].max()) if answer_A.any() else 0.0,
+        "nrt/dlogp_answer_max": _tensor_max(difference_A[answer_A].abs()),
     }
+    if objective.trace_loss == "none":
+        return metrics
+    # Groups without signal may not have run through the trainer; the sampler knows their entropy.
+    sampled_A = tokens.kind_A == TRACE
+    metrics |= {
+        "entropy": _tensor_mean(stats.entropy_A[trace_A] if trace_A.any() else -tokens.old_logprobs_A[sampled_A]),
+        "nrt/dlogp_mean": _tensor_mean(difference_A[trace_A].abs()),
+        "nrt/dlogp_max": _tensor_max(difference_A[trace_A].abs()),
+    }
+    counted_A = trace_A & tokens.counted_A
+    if objective.beta:
+        metrics["kl"] = stats.loss["kl"] / objective.beta * tokens.normalizer / max(int(counted_A.sum()), 1)
+    if objective.trace_loss in ("cispo", "ppo"):
+        ratio_A = (difference_A * (not on_policy))[counted_A].exp()
+        metrics |= _clip_ratios(ratio_A, tokens.weight_A[counted_A], objective)
+    return metrics
+
+
+def _clip_ratios(ratio_A: Tensor, advantage_A: Tensor, objective: Objective) -> dict[str, float]:
+    """Share of trace tokens whose ratio left the range on the side that the advantage pushes to."""
+    low = _tensor_mean(((ratio_A < 1 - objective.epsilon) & (advantage_A < 0)).float())
+    high = _tensor_mean(((ratio_A > 1 + objective.epsilon_high) & (advantage_A > 0)).float())
+    return {
+        "clip_ratio/low_mean": low,
+        "clip_ratio/low_min": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/high_max": high,
+        "clip_ratio/region_mean": low + high,
+    }
+
+
+def over_minibatches(rows: list[dict[str, float]]) -> dict[str, float]:
+    """One row for several optimiser steps on one rollout: extremes of names that say so, means of the others.
+
+    Sampler and trainer have the same weights at the first of them only, so that one alone tells how far they differ.
+    """
+    extreme = {"max": max, "min": min}
+    merged = {
+        name: extreme.get(name.rsplit("_", 1)[-1], fmean)([row[name] for row in rows]) for name in rows[0]
+    }
+    return merged | {name: value for name, value in rows[0].items() if name.startswith("nrt/dlogp")}
 
 
 def overlap(trace_ids: list[int], answer_ids: list[int], n: int = OVERLAP_NGRAM) -> float:
@@ -83,6 +123,10 @@ def _hard_gain(examples: list[Example], gains: list[Tensor], num_traces: int) ->
 
 def _tensor_mean(values: Tensor) -> float:
     return float(values.mean()) if values.numel() else 0.0
+
+
+def _tensor_max(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
 
 
 def _mean(values: list) -> float:

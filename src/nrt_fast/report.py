@@ -15,7 +15,7 @@ from rich.text import Text
 
 from nrt_fast.config import TrainConfig
 from nrt_fast.data import show_example
-from nrt_fast.trackers import open_trackers
+from nrt_fast.trackers import find_trackers
 
 if TYPE_CHECKING:
     from nrt_fast.run import Run
@@ -52,7 +52,7 @@ class Report:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.console = Console(highlight=False)
-        self.trackers = open_trackers(config)
+        self.trackers = [start(config) for start in find_trackers(config)]
         self.history: dict[str, list[float]] = {label: [] for label in COLUMNS}
         self.started, self.done = time.perf_counter(), 0
         self.bar = Progress(BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -67,8 +67,8 @@ class Report:
         for tracker in self.trackers:
             tracker.finish()
 
-    def start(self, run: Run) -> None:
-        """Say what was read, decided and chosen, and show one example with its boundaries."""
+    def start(self, run: Run, step: int = 0) -> None:
+        """Say what was read, decided and chosen, where a resumed run goes on, and show one example with its boundaries."""
         config, shape, objective = self.config, run.model.config, run.objective
         added = ", added" if run.delimiter.added else ""
         for line in (
@@ -85,6 +85,8 @@ class Report:
             f"learning rate {config.learning_rate:g}, output in {config.output_dir}",
         ):
             self._say(line)
+        if step:
+            self._say(f"resumed: going on after step {step}")
         self._say(show_example(run.data.train[0], run.tokenizer, run.delimiter, config.max_trace_length))
 
     def step(self, row: dict[str, Any]) -> None:
@@ -129,7 +131,8 @@ class Report:
     def finish(self, summary: dict[str, Any], before: list[Sample], after: list[Sample]) -> None:
         """The before/after table, and the same held-out items before and after."""
         self.live.stop()
-        self.console.print(_summary_table(summary))
+        if summary["after"]:
+            self.console.print(_summary_table(summary))
         for old, new in zip(before, after, strict=True):
             self._say(Text.assemble("\n", (old.question, "bold"), f"   (reference: {old.reference})"))
             for label, sample in (("before", old), ("after", new)):

@@ -18,6 +18,7 @@ from nrt_fast.model.model import model_folder
 from nrt_fast.optim import AdamW
 from nrt_fast.resolve import SCALES, Scale, resolve_lengths, resolve_output_dir, resolve_steps
 from nrt_fast.starter import MODEL_DIR
+from nrt_fast.trackers import find_trackers
 from nrt_fast.types import Example, UserError
 
 EMA_DECAY = 0.999
@@ -26,6 +27,28 @@ FREE_FIELDS = {
     "output_dir", "max_steps", "num_train_epochs", "max_tokens_per_batch", "save_steps", "save_total_limit",
     "logging_steps", "report_to", "resume_from_checkpoint",
 }  # fmt: skip
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights.
+
+    Attributes:
+        model: has the averaged weights, in the model's own dtype.
+        flat: the same in fp32, where a step of a thousandth is not rounded away.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model.clone()
+        self.flat = self.model.weights.flat.float()
+
+    def update(self, flat: Tensor) -> None:
+        """Take in the weights after an optimiser step."""
+        self.load(self.flat.lerp(flat.float(), 1 - EMA_DECAY))
+
+    def load(self, flat: Tensor) -> None:
+        """Set the average."""
+        self.flat.copy_(flat)
+        self.model.weights.flat.copy_(self.flat)
 
 
 @dataclass
@@ -53,7 +76,7 @@ class Run:
     engine: Engine
     optimizer: AdamW
     frozen: Model | None
-    ema: Model | None
+    ema: WeightAverage | None
     frozen_logprobs: dict[int, Tensor] = field(default_factory=dict)
     noise: float = 0.0
 
@@ -80,7 +103,7 @@ class Run:
         """What a checkpoint holds beside the model, by file name."""
         files = {"optimizer": self.optimizer.state()}
         if self.ema is not None:
-            files["ema"] = {"flat": self.ema.weights.flat}
+            files["ema"] = {"flat": self.ema.flat}
         if self.frozen is not None:
             files["frozen"] = {"flat": self.frozen.weights.flat}
         if self.frozen_logprobs:
@@ -88,13 +111,21 @@ class Run:
         return files
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Take over a checkpoint; returns its state."""
+        """Take over a checkpoint; returns its state.
+
+        Raises:
+            UserError: it is not complete, or of another model or objective.
+        """
         state, tensors = checkpoint.load(folder)
+        missing = self.state_tensors().keys() - tensors.keys()
+        if missing:
+            raise UserError(f"checkpoint {folder} has no {min(missing)}.safetensors: it is of another objective")
         self.model.load(folder)
         self.optimizer.load_state(tensors["optimizer"])
-        for name, model in (("ema", self.ema), ("frozen", self.frozen)):
-            if model is not None:
-                model.weights.flat.copy_(tensors[name]["flat"])
+        if self.ema is not None:
+            self.ema.load(tensors["ema"]["flat"])
+        if self.frozen is not None:
+            self.frozen.weights.flat.copy_(tensors["frozen"]["flat"])
         self.frozen_logprobs = {int(uid): log_b for uid, log_b in tensors.get("frozen_logprobs", {}).items()}
         self.order.load_state_dict(state["order"])
         self.noise = state["noise"]
@@ -108,6 +139,7 @@ def prepare(config: TrainConfig) -> Run:
         UserError: anything that cannot work, before anything is written.
     """
     config.check()
+    find_trackers(config)
     objective = config.resolved_objective()
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
@@ -147,7 +179,7 @@ def prepare(config: TrainConfig) -> Run:
         engine=Engine(model, delimiter_id=delimiter.id, eos_id=eos_ids, max_cache_bytes=_cache_bytes(device)),
         optimizer=_optimizer(model, config),
         frozen=model.clone() if objective.baseline == "frozen" or objective.beta else None,
-        ema=model.clone() if objective.baseline == "ema" else None,
+        ema=WeightAverage(model) if objective.baseline == "ema" else None,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -45,20 +47,21 @@ _TRACKERS = {
 }
 
 
-def open_trackers(config: TrainConfig) -> list[_Wandb | _TensorBoard]:
-    """Start the trackers of ``report_to``.
+def find_trackers(config: TrainConfig) -> list[Callable[[TrainConfig], _Wandb | _TensorBoard]]:
+    """What starts each tracker of ``report_to``; nothing is written yet.
 
     Raises:
         UserError: an unknown name, or one that is not installed.
     """
-    names = [name for name in split_names(config.report_to) if name != "none"]
-    opened = []
-    for name in names:
+    found = []
+    for name in split_names(config.report_to):
+        if name == "none":
+            continue
         if name not in _TRACKERS:
             raise UserError(f"report_to {name!r} is unknown; valid: {', '.join(_TRACKERS)}, none")
         module, tracker = _TRACKERS[name]
         try:
-            opened.append(tracker(import_module(module), config))
+            found.append(partial(tracker, import_module(module)))
         except ImportError:
             raise UserError(f"report_to {name}: it is not installed; pip install 'nrt-fast[trackers]'") from None
-    return opened
+    return found

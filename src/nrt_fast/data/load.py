@@ -19,7 +19,7 @@ from nrt_fast.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NUM_BUILTIN_ROWS = 20_000
+NUM_BUILTIN_ROWS = 10_000
 Source = tuple[str, Iterator[Row]]
 
 

@@ -71,7 +71,7 @@ def _describe_missing(path: Path, name: str) -> str:
 def _read_file(path: Path, name: str) -> Iterator[Row]:
     suffix = _suffix(path)
     if not suffix:
-        raise UserError(f"{name}: unknown kind of file; one of {' '.join(READERS)}, also with .gz, is expected")
+        raise UserError(f"{name}: unknown kind of file; one of {' '.join(READERS)}, also .gz, is expected")
     return _read_open(path, name, READERS[suffix])
 
 

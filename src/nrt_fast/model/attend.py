@@ -62,7 +62,7 @@ class CachedAttention:
         self.group_T, self.trace_T = row_T // G, row_T % G
         self.slot_T = own.lens_PG.flatten()[row_T] + offset_T
         self.cells = None if self.rows.is_dense else cells_of_tokens([self.rows], len(row_T), device)
-        self.num_slots = int(own.lens_PG.max()) + self.rows.width
+        self.num_slots = min(int(own.lens_PG.max()) + self.rows.width, own.k.shape[4])
         prefix_lens_P = prefix.lens_PG[:, 0] if prefix else torch.zeros(P, dtype=torch.int64, device=device)
         prefix_slots = prefix.k.shape[4] if prefix else 0
         self.positions_T = prefix_lens_P[self.group_T] + self.slot_T

@@ -1,0 +1,239 @@
+"""Rollout and scoring on the live cache against full forward passes, whatever the batch was cut into."""
+
+import pytest
+import torch
+
+from nrt_fast import Engine, Model, ops
+from nrt_fast.config import PRESETS
+from nrt_fast.engine import noise_floor
+from nrt_fast.optim import AdamW
+from nrt_fast.pack import loss_tokens, pack
+from nrt_fast.score import baseline_logprobs
+from nrt_fast.train_step import train_step
+from nrt_fast.types import ANSWER, TRACE, Example
+
+TOLERANCE = 2e-5
+DELIMITER, EOS = 3, (4, 5, 6, 7, 8)  # enough of them that a random model ends traces in every way
+PROMPTS = [[9, 30, 12, 41, 2, 50, 11, 60, 1], [33], [20, 21, 22, 20], [40, 65]]
+ANSWERS = [[10, 11, 12, 4], [50], [13, 29, 4], [61, 62, 63, 64, 65, 66, 4]]
+UIDS = [5, 2**31 + 7, 0, 70]
+SAMPLING = {"num_generations": 6, "max_trace_length": 7, "temperature": 1.0, "seed": 11}
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def module(request, make_module):
+    return make_module(request.param, **({"sliding_window": 6} if request.param == "mistral" else {}))
+
+
+@pytest.fixture(scope="module")
+def model(module):
+    return Model.from_hf(module)
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return Engine(model, delimiter_id=DELIMITER, eos_id=EOS)
+
+
+@pytest.fixture(scope="module")
+def reference_logprobs(module, reference_logits):
+    """Log-probabilities of ids after a context, by one full forward of transformers."""
+
+    def logprobs(context, ids, temperature=1.0):
+        logits = reference_logits(module, context + ids)[len(context) - 1 : -1] / temperature
+        return logits.log_softmax(dim=-1).gather(1, torch.tensor(ids, dtype=torch.int64)[:, None]).squeeze(1)
+
+    return logprobs
+
+
+def assert_close(ours, reference):
+    torch.testing.assert_close(ours, reference, rtol=0, atol=TOLERANCE)
+
+
+def endings(traces):
+    """How each trace ended."""
+    return [
+        "delimiter" if end is not None else "eos" if ids[-1] in EOS else "cut"
+        for group, ends in zip(traces.trace_ids, traces.delimiter_logprobs)
+        for ids, end in zip(group, ends)
+    ]
+
+
+def rows(*groups):
+    """Nested lists [P][G] side by side, trace after trace."""
+    return [row for group in zip(*groups) for row in zip(*group)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_live_scores_equal_a_full_forward(temperature, engine, reference_logprobs):
+    thoughts = engine.think(PROMPTS, ANSWERS, UIDS, step=3, **SAMPLING | {"temperature": temperature})
+    assert set(endings(thoughts.traces)) == {"delimiter", "eos", "cut"}
+    assert [] in thoughts.traces.trace_ids[0] + thoughts.traces.trace_ids[1] + thoughts.traces.trace_ids[2]
+    for index, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS)):
+        for ids, logprobs in zip(thoughts.traces.trace_ids[index], thoughts.scores.logprobs[index]):
+            assert_close(logprobs, reference_logprobs([*prompt, *ids, DELIMITER], answer))
+        assert_close(thoughts.scores.baseline_logprobs[index], reference_logprobs([*prompt, DELIMITER], answer))
+
+
+def test_given_traces_are_scored_as_by_a_full_forward(engine, reference_logprobs):
+    traces = [[[], [7, 8, 9, 10, 11, 12, 4]], [], [[15], [], [1, 2]], [[DELIMITER, 2]]]
+    scores = engine.score(PROMPTS, traces, ANSWERS)
+    assert [len(group) for group in scores.logprobs] == [2, 0, 3, 1]
+    for prompt, group, answer, logc, logb in zip(
+        PROMPTS, traces, ANSWERS, scores.logprobs, scores.baseline_logprobs, strict=True
+    ):
+        assert_close(logb, reference_logprobs([*prompt, DELIMITER], answer))
+        for ids, row in zip(group, logc, strict=True):
+            assert row.dtype == torch.float32
+            assert_close(row, reference_logprobs([*prompt, *ids, DELIMITER], answer))
+
+
+def test_a_sampled_trace_scores_alike_when_it_is_given(engine):
+    thoughts = engine.think(PROMPTS, ANSWERS, UIDS, step=0, **SAMPLING)
+    scores = engine.score(PROMPTS, thoughts.traces.trace_ids, ANSWERS)
+    for live, given in zip(thoughts.scores.logprobs, scores.logprobs):
+        for ours, theirs in zip(live, given):
+            assert_close(ours, theirs)
+
+
+def test_baseline_under_other_weights(model, engine, make_module, module):
+    other = Model.from_hf(make_module(module.config.model_type, seed=1, sliding_window=module.config.sliding_window))
+    ours = baseline_logprobs(other, PROMPTS, ANSWERS, DELIMITER)
+    theirs = Engine(other, delimiter_id=DELIMITER, eos_id=EOS).score(PROMPTS, [[]] * 4, ANSWERS).baseline_logprobs
+    current = engine.score(PROMPTS, [[]] * 4, ANSWERS).baseline_logprobs
+    for our, their, now in zip(ours, theirs, current):
+        assert_close(our, their)
+        assert (our - now).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_sampler_logprobs_equal_a_full_forward(temperature, engine, reference_logprobs):
+    traces = engine.rollout(PROMPTS, uids=UIDS, **SAMPLING | {"temperature": temperature})
+    for prompt, *group in zip(PROMPTS, traces.trace_ids, traces.logprobs, traces.delimiter_logprobs):
+        for ids, logprobs, end in zip(*group, strict=True):
+            sampled = ids if end is None else [*ids, DELIMITER]
+            reference = reference_logprobs(prompt, sampled, temperature or 1.0)
+            assert_close(torch.tensor(logprobs if end is None else [*logprobs, end]), reference)
+
+
+def test_greedy_traces_take_the_likeliest_id(engine, module, reference_logits):
+    traces = engine.rollout(PROMPTS, **SAMPLING | {"temperature": 0.0})
+    for prompt, group, ends in zip(PROMPTS, traces.trace_ids, traces.delimiter_logprobs):
+        sampled = group[0] if ends[0] is None else [*group[0], DELIMITER]
+        likeliest = reference_logits(module, prompt + sampled)[len(prompt) - 1 : -1].argmax(dim=-1)
+        assert sampled == likeliest.tolist()
+        assert group == group[:1] * SAMPLING["num_generations"]
+
+
+def test_traces_end_as_documented(engine):
+    traces = engine.rollout(PROMPTS, uids=UIDS, **SAMPLING)
+    for (ids, logprobs, _), ending in zip(
+        rows(traces.trace_ids, traces.logprobs, traces.delimiter_logprobs), endings(traces), strict=True
+    ):
+        assert len(ids) == len(logprobs)
+        assert DELIMITER not in ids
+        assert not set(ids[:-1]) & set(EOS)
+        assert len(ids) == SAMPLING["max_trace_length"] if ending == "cut" else len(ids) <= SAMPLING["max_trace_length"]
+
+
+def same_traces(ours, theirs):
+    assert ours.trace_ids == theirs.trace_ids
+    for our, their in rows(ours.logprobs, theirs.logprobs):
+        assert our == pytest.approx(their, abs=TOLERANCE)
+
+
+def test_traces_do_not_depend_on_the_order_of_prompts(engine):
+    order = [2, 0, 3, 1]
+    traces = engine.rollout(PROMPTS, uids=UIDS, **SAMPLING)
+    shuffled = engine.rollout([PROMPTS[p] for p in order], uids=[UIDS[p] for p in order], **SAMPLING)
+    assert shuffled.trace_ids == [traces.trace_ids[p] for p in order]
+
+
+def test_traces_do_not_depend_on_their_company(engine):
+    traces = engine.rollout(PROMPTS, uids=UIDS, **SAMPLING)
+    alone = engine.rollout(PROMPTS[1:2], uids=UIDS[1:2], **SAMPLING)
+    fewer = engine.rollout(PROMPTS, uids=UIDS, **SAMPLING | {"num_generations": 2})
+    longer = engine.rollout(PROMPTS, uids=UIDS, **SAMPLING | {"max_trace_length": 20})
+    assert alone.trace_ids == traces.trace_ids[1:2]
+    assert fewer.trace_ids == [group[:2] for group in traces.trace_ids]
+    assert [ids[: SAMPLING["max_trace_length"]] for group in longer.trace_ids for ids in group] == [
+        ids for group in traces.trace_ids for ids in group
+    ]
+
+
+@pytest.mark.parametrize("max_cache_bytes", [1, 40_000])
+def test_waves_change_nothing(max_cache_bytes, engine, model):
+    small = Engine(model, delimiter_id=DELIMITER, eos_id=EOS, max_cache_bytes=max_cache_bytes)
+    assert len(list(small._waves(PROMPTS, 7, 15))) > 1
+    ours, theirs = (e.think(PROMPTS, ANSWERS, UIDS, step=1, answer_greedily=True, **SAMPLING) for e in (small, engine))
+    same_traces(ours.traces, theirs.traces)
+    assert ours.answers == theirs.answers
+    given = [small.score(PROMPTS, theirs.traces.trace_ids, ANSWERS), ours.scores]
+    for scores in given:
+        for our, their in rows(scores.logprobs, theirs.scores.logprobs):
+            assert_close(our, their)
+        for our, their in zip(scores.baseline_logprobs, theirs.scores.baseline_logprobs):
+            assert_close(our, their)
+
+
+@pytest.mark.parametrize("change", [{"seed": 12}, {"step": 1}, {"uids": [6, 1, 2, 3]}], ids=str)
+def test_every_key_of_the_noise_counts(change, engine):
+    keys = {"uids": UIDS, "step": 0}
+    traces = engine.rollout(PROMPTS, **SAMPLING | keys)
+    changed = engine.rollout(PROMPTS, **SAMPLING | keys | change)
+    for ours, theirs in zip(traces.trace_ids, changed.trace_ids):
+        assert ours != theirs
+    assert all(len({tuple(ids) for ids in group}) > 1 for group in traces.trace_ids)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_and_trainer_agree_on_step_1(temperature, module, tmp_path):
+    module.save_pretrained(tmp_path)
+    model = Model.from_pretrained(tmp_path)
+    engine = Engine(model, delimiter_id=DELIMITER, eos_id=EOS)
+    thoughts = engine.think(PROMPTS, ANSWERS, UIDS, step=1, **SAMPLING | {"temperature": temperature})
+    examples = [
+        Example(uid, prompt, answer, None, "", "", "") for uid, prompt, answer in zip(UIDS, PROMPTS, ANSWERS)
+    ]
+    weights = [[torch.ones(len(answer))] * 6 for answer in ANSWERS]
+    tokens = loss_tokens(
+        examples, thoughts.traces, thoughts.scores.logprobs, [torch.linspace(-1, 1, 6)] * 4, [True] * 4, weights,
+        PRESETS["nrt-ws"], DELIMITER, temperature, 20,
+    )  # fmt: skip
+    optimizer = AdamW(model.weights.flat, model.weights.leaves.values(), 0, (0.9, 0.95), 1e-15, 0.0)
+    batches = pack(tokens, 100, torch.device("cpu"))
+    stats = train_step(model, optimizer, tokens, batches, PRESETS["nrt-ws"], 1e-3, 1.0, True, None)
+    for kind in (TRACE, ANSWER):
+        assert_close(stats.logprobs_A[tokens.kind_A == kind], tokens.old_logprobs_A[tokens.kind_A == kind])
+
+
+def test_noise_floor_is_a_rounding_error(engine):
+    floor = noise_floor(engine, PROMPTS, ANSWERS, lambda scores: [row.sum() for row in scores.baseline_logprobs])
+    assert 0 <= floor < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("prompts", "traces", "answers", "message"),
+    [
+        ([[1]], [[]], [[]], "an answer is empty"),
+        ([[]], [[]], [[1]], "a prompt is empty"),
+        ([[1], [2]], [[]], [[1]], "2 prompts, 1 groups of traces, 1 answers"),
+        ([[1] * 60], [[[2] * 60]], [[3] * 10], "take 131 tokens; the model's context is 128"),
+    ],
+)
+def test_bad_lists_are_refused(prompts, traces, answers, message, engine):
+    with pytest.raises(ValueError, match=message):
+        engine.score(prompts, traces, answers)
+
+
+def test_too_long_a_trace_is_refused(engine):
+    with pytest.raises(ValueError, match="take 129 tokens; the model's context is 128"):
+        engine.rollout([[1] * 100], num_generations=1, max_trace_length=29)
+
+
+def test_a_model_that_overflows_is_named(make_module):
+    module = make_module()
+    module.lm_head.weight.data[5] = float("inf")
+    engine = Engine(Model.from_hf(module), delimiter_id=DELIMITER, eos_id=EOS)
+    with pytest.raises(Exception, match="NaN for a reference answer"):
+        engine.score([[1, 2]], [[[3]]], [[4]])

@@ -1,0 +1,232 @@
+"""The decoder: extend, decode and packed against transformers, and Hugging Face folders in and out."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nrt_fast import Model, ops
+from nrt_fast.kv_cache import Segment
+from nrt_fast.types import PackedBatch
+
+TOLERANCE = 2e-5
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+FAMILIES = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-multi-head": ("llama", {"num_key_value_heads": 4}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 12}),
+    "llama-llama3-rope": ("llama", {"rope_scaling": LLAMA3_ROPE, "rope_theta": 5e5}),
+    "llama-linear-rope": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    "llama-yarn-rope": (
+        "llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    ),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "mistral-window": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window-in-layer-1": ("qwen2", {"max_window_layers": 1, **QWEN_WINDOW}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3-tied": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3-biases": ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    "qwen3-window-in-layer-0": (
+        "qwen3", {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], **QWEN_WINDOW},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def module(request, make_module):
+    model_type, config = FAMILIES[request.param]
+    return make_module(model_type, **config)
+
+
+@pytest.fixture(scope="module", params=["from_hf", "from_pretrained"])
+def model(request, module, tmp_path_factory):
+    if request.param == "from_hf":
+        return Model.from_hf(module)
+    folder = tmp_path_factory.mktemp("model")
+    module.save_pretrained(folder)
+    return Model.from_pretrained(folder)
+
+
+def random_ids(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 67, (length,), generator=generator).tolist() for length in lengths]
+
+
+def flat(rows):
+    return torch.tensor([token for row in rows for token in row])
+
+
+def head_logits(model, hidden):
+    return ops.linear_logits(hidden, model.head).detach()
+
+
+def assert_close(ours, reference):
+    torch.testing.assert_close(ours, reference, rtol=0, atol=TOLERANCE)
+
+
+def segment(model, rows, slots):
+    shape = model.config
+    return Segment.allocate(shape.num_layers, rows, shape.num_kv_heads, slots, shape.head_dim, model.embed.detach())
+
+
+def test_logits_of_one_sequence(model, module, reference_logits):
+    (ids,) = random_ids(40)
+    assert_close(model.logits(ids), reference_logits(module, ids))
+
+
+@pytest.mark.parametrize("cuts", [(1, 3, 2), (5, 9, 0), (0, 0, 0)], ids=str)
+def test_extend_in_two_pieces(cuts, model, module, reference_logits):
+    rows = random_ids(11, 9, 1)
+    own = segment(model, (3, 1), 12)
+    pieces = [[row[:cut] for row, cut in zip(rows, cuts)], [row[cut:] for row, cut in zip(rows, cuts)]]
+    logits = [[], [], []]
+    for piece in pieces:
+        num_new = torch.tensor([[len(row)] for row in piece])
+        if num_new.any():
+            parts = head_logits(model, model.extend(flat(piece), num_new, own, None)).split(num_new.flatten().tolist())
+            for row, part in zip(logits, parts):
+                row.append(part)
+            own.advance(num_new)
+    for ids, parts in zip(rows, logits):
+        assert_close(torch.cat(parts), reference_logits(module, ids))
+
+
+def test_decode_token_by_token_beside_the_shared_prompt(model, module, reference_logits):
+    prompts, lengths = random_ids(9, 3), (6, 2, 9, 1, 4, 7)
+    traces = random_ids(*lengths, seed=1)
+    cache, hidden_PD = model.prefill(prompts, 3, 10)
+    logits = [[row] for row in head_logits(model, hidden_PD).repeat_interleave(3, dim=0)]
+    for position in range(max(lengths)):
+        # Rows that have ended are fed junk, as in a rollout, and must not notice.
+        tokens = torch.tensor([ids[position] if position < len(ids) else 5 for ids in traces])
+        hidden = model.extend(tokens, torch.ones(2, 3, dtype=torch.int64), cache.own, cache.prompt)
+        cache.own.advance(torch.tensor([position < length for length in lengths]).view(2, 3))
+        for row, length, new in zip(logits, lengths, head_logits(model, hidden)):
+            if position < length:
+                row.append(new)
+    for index, (ids, rows) in enumerate(zip(traces, logits)):
+        prompt = prompts[index // 3]
+        assert_close(torch.stack(rows), reference_logits(module, prompt + ids)[len(prompt) - 1 :])
+
+
+def test_packed_groups(model, module, reference_logits):
+    prompts, targets = random_ids(9, 1, 14), random_ids(8, 2, 5, 1, 12, 7, seed=1)
+    entries = torch.tensor([[0, 0, 1], [2, 3, 6], [1, 1, 3]])
+    offsets = [torch.tensor([0] + [len(row) for row in rows]).cumsum(0) for rows in (prompts, targets)]
+    source, positions, cu_seqlens, hidden_A, rows_A = ops.pack_index(entries, *offsets)
+    tokens = torch.cat([flat(prompts), flat(targets)])[source]
+    batch = PackedBatch(tokens, positions, cu_seqlens, entries[:, 2] - entries[:, 1], hidden_A, rows_A)
+    logits = head_logits(model, model.packed(batch))[hidden_A]
+    rows = iter(logits.split([len(targets[trace]) for _, first, end in entries.tolist() for trace in range(first, end)]))
+    for prompt, first, end in entries.tolist():
+        for trace in range(first, end):
+            ids = prompts[prompt] + targets[trace]
+            assert_close(next(rows), reference_logits(module, ids)[len(prompts[prompt]) - 1 : -1])
+
+
+def test_a_saved_model_loads_in_transformers(model, module, reference_logits, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    (ids,) = random_ids(30)
+    assert torch.equal(reference_logits(loaded, ids), reference_logits(module, ids))
+    assert type(loaded) is type(module)
+
+
+@pytest.mark.parametrize("module", ["llama-tied", "qwen3"], indirect=True)
+def test_from_hf_shares_the_storage(module, reference_logits):
+    model = Model.from_hf(module)
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() <= model.weights.tensors.keys()
+    for name, parameter in parameters.items():
+        assert model.weights.tensors[name].data_ptr() == parameter.data_ptr()
+    (ids,) = random_ids(12)
+    before = model.logits(ids)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.mul_(1.5)
+    assert not torch.allclose(model.logits(ids), before, atol=0.1)
+    assert_close(model.logits(ids), reference_logits(module, ids))
+
+
+@pytest.mark.parametrize("module", ["llama", "qwen2-tied"], indirect=True)
+def test_sharded_folder(module, reference_logits, tmp_path):
+    module.save_pretrained(tmp_path, max_shard_size="10KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    (ids,) = random_ids(20)
+    assert_close(Model.from_pretrained(tmp_path).logits(ids), reference_logits(module, ids))
+
+
+@pytest.mark.parametrize("module", ["llama", "llama-tied"], indirect=True)
+def test_large_models_are_saved_in_shards(module, reference_logits, tmp_path, monkeypatch):
+    monkeypatch.setattr("nrt_fast.model.model.MAX_SHARD_SIZE", "10KB")
+    Model.from_hf(module).save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    (ids,) = random_ids(20)
+    assert torch.equal(
+        reference_logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), reference_logits(module, ids)
+    )
+
+
+@pytest.mark.parametrize("module", ["llama", "llama-tied", "qwen2"], indirect=True)
+def test_grown_copies_rows(module, reference_logits, tmp_path):
+    module.save_pretrained(tmp_path / "small")
+    model = Model.from_pretrained(tmp_path / "small")
+    grown = model.grown(2, copy_of=7)
+    (ids,) = random_ids(20)
+    before, after = model.logits(ids), grown.logits(ids)
+    assert torch.equal(after[:, :67], before)
+    assert torch.equal(after[:, 67:], before[:, [7, 7]])
+    assert torch.equal(grown.logits([67, 3]), grown.logits([7, 3]))
+    grown.save_pretrained(tmp_path / "large")
+    assert_close(after, reference_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "large"), ids))
+
+
+@pytest.mark.parametrize("module", ["qwen3"], indirect=True)
+def test_a_clone_has_weights_of_its_own(module, tmp_path):
+    module.save_pretrained(tmp_path)
+    model = Model.from_pretrained(tmp_path)
+    clone = model.clone()
+    (ids,) = random_ids(12)
+    before = model.logits(ids)
+    model.weights.flat.mul_(1.5)
+    assert torch.equal(clone.logits(ids), before)
+    assert not torch.allclose(model.logits(ids), before, atol=0.1)
+
+
+@pytest.mark.parametrize("module", ["llama-biases", "qwen3"], indirect=True)
+def test_owned_weights_are_one_flat_tensor(module, tmp_path):
+    module.save_pretrained(tmp_path)
+    weights = Model.from_pretrained(tmp_path).weights
+    parameters = dict(module.named_parameters())
+    assert weights.flat.numel() == sum(parameter.numel() for parameter in parameters.values())
+    for name, parameter in parameters.items():
+        start = weights.tensors[name].storage_offset()
+        assert torch.equal(weights.flat[start : start + parameter.numel()].view_as(parameter), parameter)
+        assert (start < weights.num_matrix_elements) == (parameter.ndim == 2)
+
+
+@pytest.mark.parametrize("module", ["llama"], indirect=True)
+def test_bfloat16_rounds_the_weights_only_once(module, tmp_path):
+    module.save_pretrained(tmp_path)
+    weights = Model.from_pretrained(tmp_path, dtype="bfloat16").weights
+    for name, parameter in module.named_parameters():
+        assert torch.equal(weights.tensors[name], parameter.bfloat16())
+
+
+@pytest.mark.parametrize("module", ["llama"], indirect=True)
+def test_end_of_text_comes_from_both_configs(module, tmp_path):
+    module.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 2]}')
+    assert Model.from_pretrained(tmp_path).eos_ids == (2, 9)
+    Model.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    assert Model.from_pretrained(tmp_path / "saved").eos_ids == (2, 9)
