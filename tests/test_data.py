@@ -408,10 +408,10 @@ def test_shown_example_has_its_boundaries():
         "prompt          4 tokens | <bos> Question: one Reasoning:",
         "trace       <= 32 tokens | (sampled)",
         "delimiter        1 token | </think>",
-        "answer          3 tokens | twothree<eos>",
+        "answer          3 tokens | two three <eos>",
     ]
     (span,) = (span for span in shown.spans if "underline" in str(span.style))
-    assert shown.plain[span.start : span.end] == "three"
+    assert shown.plain[span.start : span.end] == " three"
     with (console := Console(width=200, force_terminal=False)).capture() as capture:
         console.print(shown)
     assert "\x1b" not in capture.get()

@@ -22,6 +22,7 @@ FAMILIES = {
     "llama-multi-head": ("llama", {"num_key_value_heads": 4}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-wide-heads": ("llama", {"head_dim": 12}),
+    "llama-with-keys-it-ignores": ("llama", {"sliding_window": 5}),
     "llama-llama3-rope": ("llama", {"rope_scaling": LLAMA3_ROPE, "rope_theta": 5e5}),
     "llama-linear-rope": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
     "llama-yarn-rope": (
@@ -29,8 +30,10 @@ FAMILIES = {
     ),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
     "mistral-window": ("mistral", {"sliding_window": 5}),
+    "mistral-with-keys-it-ignores": ("mistral", {"sliding_window": None, "attention_bias": True, "mlp_bias": True}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-with-keys-it-ignores": ("qwen2", {"attention_bias": True}),
     "qwen2-window-in-layer-1": ("qwen2", {"max_window_layers": 1, **QWEN_WINDOW}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3-tied": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),

@@ -140,6 +140,29 @@ def _refused(path: Path, error: OSError) -> str:
     return f"cannot write {path}: {reason}; what was saved before is complete"
 
 
+def to_resume(output_dir: Path, wanted: str) -> Path | None:
+    """The checkpoint that a run goes on from, or None for a fresh start.
+
+    Args:
+        wanted: auto, false, or a checkpoint's path.
+
+    Raises:
+        UserError: false where there is a checkpoint, or a path that is not that of a complete one.
+    """
+    if wanted not in ("auto", "false"):
+        wrong = problem(Path(wanted))
+        if wrong is not None:
+            raise UserError(f"resume_from_checkpoint {wanted}: {wrong}; valid: auto, false, a complete checkpoint")
+        return Path(wanted)
+    found = newest(output_dir)
+    if found is not None and wanted == "false":
+        raise UserError(
+            f"resume_from_checkpoint is false, but {output_dir} holds {found.name}; "
+            "choose another output_dir or resume_from_checkpoint auto"
+        )
+    return found
+
+
 def newest(output_dir: Path) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
     for _, path in reversed(_numbered(output_dir)):
@@ -166,14 +189,7 @@ def problem(folder: Path) -> str | None:
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """(state, tensors by file name) of a complete checkpoint.
-
-    Raises:
-        UserError: it is not complete.
-    """
-    wrong = problem(folder)
-    if wrong is not None:
-        raise UserError(f"checkpoint {folder}: {wrong}; valid: a complete checkpoint-<step> folder, or auto")
+    """(state, tensors by file name) of a complete checkpoint."""
     files = [path for path in folder.glob("*.safetensors") if not path.name.startswith("model")]
     return json.loads((folder / STATE).read_text()), {path.stem: load_file(path) for path in files}
 

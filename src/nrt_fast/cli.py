@@ -102,8 +102,8 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, bool]:
     except argparse.ArgumentError as error:
         raise UserError(_describe(str(error), argv)) from error
     values["dataset_weights"] = _weights(values["dataset_weights"])
-    if values["resume_from_checkpoint"] is False:
-        values["resume_from_checkpoint"] = "false"
+    if isinstance(values["resume_from_checkpoint"], bool):
+        values["resume_from_checkpoint"] = "auto" if values["resume_from_checkpoint"] else "false"
     config = TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
     config.check()
     return config, values["dry_run"]

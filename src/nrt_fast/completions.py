@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nrt_fast.checkpoint import told_when_full
 from nrt_fast.metrics import replacing
 from nrt_fast.rewards import Rewards
 from nrt_fast.types import Example, Scores, Traces
@@ -31,6 +32,6 @@ def write_completions(
         for g, ids in enumerate(traces.trace_ids[p])
     ]
     folder = output_dir / "completions"
-    folder.mkdir(exist_ok=True)
-    with replacing(folder / f"completions_{step:05d}.parquet") as path:
+    with told_when_full(folder), replacing(folder / f"completions_{step:05d}.parquet") as path:
+        folder.mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), path)

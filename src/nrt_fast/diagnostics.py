@@ -95,9 +95,7 @@ def over_minibatches(rows: list[dict[str, float]]) -> dict[str, float]:
     Sampler and trainer have the same weights at the first of them only, so that one alone tells how far they differ.
     """
     extreme = {"max": max, "min": min}
-    merged = {
-        name: extreme.get(name.rsplit("_", 1)[-1], fmean)([row[name] for row in rows]) for name in rows[0]
-    }
+    merged = {name: extreme.get(name.rsplit("_", 1)[-1], fmean)([row[name] for row in rows]) for name in rows[0]}
     return merged | {name: value for name, value in rows[0].items() if name.startswith("nrt/dlogp")}
 
 

@@ -20,16 +20,16 @@ import nrt_fast
 from nrt_fast import checkpoint
 from nrt_fast.completions import write_completions
 from nrt_fast.config import TrainConfig
-from nrt_fast.diagnostics import rollout_metrics, train_metrics
+from nrt_fast.diagnostics import over_minibatches, rollout_metrics, train_metrics
 from nrt_fast.engine import Thoughts, noise_floor
-from nrt_fast.evaluate import HeldOut, summarise
+from nrt_fast.evaluate import summarise
 from nrt_fast.metrics import MetricsFile, Timer, replace_file
 from nrt_fast.optim import learning_rate
 from nrt_fast.pack import loss_tokens, pack
 from nrt_fast.report import Report, Sample
 from nrt_fast.resolve import NUM_PROGRESS
 from nrt_fast.rewards import Rewards, aggregate, reward
-from nrt_fast.run import EMA_DECAY, Run, prepare
+from nrt_fast.run import Run, prepare
 from nrt_fast.score import baseline_logprobs
 from nrt_fast.train_step import train_step
 from nrt_fast.types import Example, Scores, Traces, UserError
@@ -73,27 +73,30 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     run = prepare(config)
     output_dir, num_steps = run.output_dir, run.config.max_steps
+    resumed = checkpoint.to_resume(output_dir, run.config.resume_from_checkpoint)
     checkpoint.claim_folder(output_dir, run.identity)
-    progress = _resume_or_start(run)
-    if progress.step >= num_steps and (output_dir / "summary.json").exists():
+    progress = Progress() if resumed is None else Progress(**run.restore(resumed)["progress"])
+    if progress.step >= num_steps and (summary := _summary_of(output_dir, progress.step)):
         print(f"{output_dir} is finished ({progress.step} steps); see {output_dir / 'summary.json'}")
-        return json.loads((output_dir / "summary.json").read_text())
-    metrics = MetricsFile(output_dir / "metrics.jsonl", progress.step)
+        return summary
+    with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
+        metrics = MetricsFile(output_dir / "metrics.jsonl", progress.step)
     with Report(run.config) as report, _stop_requested() as stop:
-        report.start(run)
-        if not progress.before:
-            held_out, samples = evaluate(run)
-            progress.before, progress.samples = asdict(held_out), [asdict(sample) for sample in samples]
+        report.start(run, progress.step)
+        if progress.step == 0:
+            progress.before, samples = evaluate(run)
+            progress.samples = [asdict(sample) for sample in samples]
             run.noise = _measure_noise(run)
-        while progress.step < num_steps:
+        stopping = False
+        while progress.step < num_steps and not stopping:
             progress.step += 1
-            row = step(run, progress)
-            metrics.write(row)
+            row = _told_with_step(run, progress)
+            with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
+                metrics.write(row)
             report.step(row)
-            if progress.step % run.config.save_steps == 0 or progress.step == num_steps or stop:
+            stopping = bool(stop)  # read once: what stops here is saved here
+            if stopping or progress.step % run.config.save_steps == 0 or progress.step == num_steps:
                 _save(run, progress)
-            if stop:
-                break
         if progress.step < num_steps:
             report.stopped(progress.step)
             return {"steps": progress.step}
@@ -111,6 +114,13 @@ def dry_run(config: TrainConfig) -> None:
         report.step(step(run, Progress(step=1)))
 
 
+def _told_with_step(run: Run, progress: Progress) -> dict[str, float]:
+    try:
+        return step(run, progress)
+    except UserError as error:
+        raise UserError(f"step {progress.step}: {error}") from error
+
+
 def step(run: Run, progress: Progress) -> dict[str, float]:
     """One rollout and what is learnt from it; returns the step's metrics."""
     config, timer = run.config, Timer()
@@ -120,7 +130,9 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
     with timer("score"):
         scores = _with_baseline(run, examples, thoughts.scores)
         rewards = reward(scores, thoughts.traces, run.objective, run.noise, [example.where for example in examples])
-    row = rollout_metrics(examples, thoughts.traces, scores, rewards, run.objective)
+    row = {}
+    if config.num_generations:
+        row = rollout_metrics(examples, thoughts.traces, scores, rewards, run.objective)
     with timer("train"):
         lr = learning_rate(
             progress.step, config.max_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_steps
@@ -131,7 +143,7 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
     progress.num_tokens += tokens["train"]
     if config.eval_steps and progress.step % config.eval_steps == 0:
         held_out, _ = evaluate(run, NUM_PROGRESS)
-        row |= {f"eval/{name}": value for name, value in asdict(held_out).items()}
+        row |= {f"eval/{name}": value for name, value in held_out.items()}
         write_completions(run.output_dir, progress.step, examples, thoughts.traces, scores, rewards, run.tokenizer)
     return {
         "step": progress.step,
@@ -172,9 +184,9 @@ def think(
 def learn(
     run: Run, examples: list[Example], traces: Traces, scores: Scores, rewards: Rewards, lr: float
 ) -> dict[str, float]:
-    """The optimiser steps of one rollout, one for each minibatch; returns the mean of their metrics."""
+    """The optimiser steps of one rollout, one for each minibatch; returns their metrics as one row."""
     config, size = run.config, run.config.prompts_per_minibatch
-    rows = []
+    on_policy, rows = size >= len(examples), []
     for start in range(0, len(examples), size):
         part = slice(start, start + size)
         tokens = loss_tokens(
@@ -192,17 +204,22 @@ def learn(
         batches = pack(tokens, config.max_tokens_per_batch, run.model.embed.device)
         stats = train_step(
             run.model, run.optimizer, tokens, batches, run.objective, lr, config.max_grad_norm,
-            on_policy=size >= len(examples), reference=run.frozen if run.objective.beta else None,
+            on_policy, reference=run.frozen if run.objective.beta else None,
         )  # fmt: skip
         if run.ema is not None:
-            run.ema.weights.flat.lerp_(run.model.weights.flat, 1 - EMA_DECAY)
-        rows.append(train_metrics(tokens, stats))
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+            run.ema.update(run.model.weights.flat)
+        rows.append(train_metrics(tokens, stats, run.objective, on_policy))
+    return over_minibatches(rows)
 
 
-def evaluate(run: Run, num_items: int | None = None) -> tuple[HeldOut, list[Sample]]:
-    """Held-out means, one trace each, sampled at temperature 1 with the same noise every time; and three samples."""
+def evaluate(run: Run, num_items: int | None = None) -> tuple[dict[str, float], list[Sample]]:
+    """Held-out means (those of HeldOut) and three samples; nothing where no item is held out.
+
+    One trace for each item, sampled at temperature 1 with the same noise every time.
+    """
     examples = list(islice(run.data.heldout, num_items))
+    if not examples:
+        return {}, []
     num_generations = min(1, run.config.num_generations)
     thoughts = think(run, examples, num_generations, 1.0, 0, Timer(), answer_greedily=True)
     held_out = summarise(examples, thoughts.traces, thoughts.scores, thoughts.answers)
@@ -211,13 +228,13 @@ def evaluate(run: Run, num_items: int | None = None) -> tuple[HeldOut, list[Samp
         Sample(example.question, decode(group[0]), decode(answers[0], skip_special_tokens=True), example.answer)
         for example, group, answers in list(zip(examples, thoughts.traces.trace_ids, thoughts.answers, strict=True))[:3]
     ]
-    return held_out, samples
+    return asdict(held_out), samples
 
 
 def _with_baseline(run: Run, examples: list[Example], scores: Scores) -> Scores:
     """The scores with b under the weights that the objective asks for."""
     if run.objective.baseline == "ema":
-        return replace(scores, baseline_logprobs=_baseline(run, run.ema, examples))
+        return replace(scores, baseline_logprobs=_baseline(run, run.ema.model, examples))
     if run.objective.baseline != "frozen":
         return scores
     new = [example for example in examples if example.uid not in run.frozen_logprobs]
@@ -261,19 +278,6 @@ def _count_tokens(examples: list[Example], traces: Traces) -> dict[str, int]:
     }
 
 
-def _resume_or_start(run: Run) -> Progress:
-    """The newest complete checkpoint's progress, that of the named one, or a fresh start."""
-    wanted = run.config.resume_from_checkpoint
-    newest = checkpoint.newest(run.output_dir)
-    if wanted == "false":
-        if newest is not None:
-            raise UserError(f"resume_from_checkpoint is false, but {run.output_dir} holds {newest.name}; "
-                            "choose another output_dir or resume_from_checkpoint auto")  # fmt: skip
-        return Progress()
-    folder = newest if wanted == "auto" else Path(wanted)
-    return Progress(**run.restore(folder)["progress"]) if folder is not None else Progress()
-
-
 def _save(run: Run, progress: Progress) -> None:
     state = {"progress": asdict(progress), "order": run.order.state_dict(), "noise": run.noise}
     checkpoint.save(
@@ -281,13 +285,20 @@ def _save(run: Run, progress: Progress) -> None:
     )
 
 
-def _finish(run: Run, progress: Progress, after: HeldOut) -> dict[str, Any]:
+def _summary_of(output_dir: Path, step: int) -> dict[str, Any] | None:
+    """What summary.json holds if the run has ended at this step."""
+    path = output_dir / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {"steps": None}
+    return summary if summary["steps"] == step else None
+
+
+def _finish(run: Run, progress: Progress, after: dict[str, float]) -> dict[str, Any]:
     """Write final/ and summary.json."""
     with checkpoint.atomic_folder(run.output_dir / "final") as folder:
         run.save_model(folder)
     summary = {
         "before": progress.before,
-        "after": asdict(after),
+        "after": after,
         "steps": progress.step,
         "train_seconds": sum(progress.seconds.values()),
         "tokens_per_second": {
@@ -303,7 +314,8 @@ def _finish(run: Run, progress: Progress, after: HeldOut) -> dict[str, Any]:
         },
         "config": asdict(run.config),
     }
-    replace_file(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    with checkpoint.told_when_full(run.output_dir / "summary.json"):
+        replace_file(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -68,7 +68,7 @@ class Report:
             tracker.finish()
 
     def start(self, run: Run, step: int = 0) -> None:
-        """Say what was read, decided and chosen, where a resumed run goes on, and show one example with its boundaries."""
+        """Say what was read, decided and chosen, and where a resumed run goes on; show one example's boundaries."""
         config, shape, objective = self.config, run.model.config, run.objective
         added = ", added" if run.delimiter.added else ""
         for line in (

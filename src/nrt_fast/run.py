@@ -114,7 +114,7 @@ class Run:
         """Take over a checkpoint; returns its state.
 
         Raises:
-            UserError: it is not complete, or of another model or objective.
+            UserError: it is of another model or objective.
         """
         state, tensors = checkpoint.load(folder)
         missing = self.state_tensors().keys() - tensors.keys()

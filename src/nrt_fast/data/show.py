@@ -1,5 +1,6 @@
 """One rendered example with its boundaries: prompt | trace | delimiter | answer."""
 
+from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,20 @@ def show_example(
     _start_part(text, "delimiter", "1 token")
     text.append(delimiter.text, "bold magenta")
     _start_part(text, "answer", f"{len(example.answer_ids)} tokens")
-    hard_positions = example.hard_positions or ()
-    for hard, run in groupby(enumerate(example.answer_ids), lambda item: item[0] in hard_positions):
-        text.append(tokenizer.decode([token_id for _, token_id in run]), "green underline" if hard else "green")
+    for hard, piece in _answer_pieces(example, tokenizer):
+        text.append(piece, "green underline" if hard else "green")
     if delimiter.id in example.prompt_ids:
         text.append(f"\nnote: the prompt holds {delimiter.text} already; {HINT}", "yellow")
     return text
+
+
+def _answer_pieces(example: Example, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[bool, str]]:
+    """Runs of hard and of easy tokens; each is what it adds to the text before it, spaces included."""
+    hard_positions, shown = example.hard_positions or (), ""
+    for hard, run in groupby(range(len(example.answer_ids)), lambda position: position in hard_positions):
+        text = tokenizer.decode(example.answer_ids[: max(run) + 1])
+        yield hard, text[len(shown) :]
+        shown = text
 
 
 def _start_part(text: Text, label: str, size: str) -> None:

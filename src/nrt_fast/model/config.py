@@ -50,7 +50,7 @@ class ModelConfig:
         if hf.hidden_act != "silu":
             raise UserError(f"activation {hf.hidden_act!r} is not supported; valid: silu")
         head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-        attention_bias = bool(getattr(hf, "attention_bias", False))
+        attention_bias = hf.model_type in ("llama", "qwen3") and bool(hf.attention_bias)
         inv_freq, rope_scale = _rotary(hf, head_dim)
         return cls(
             model_type=hf.model_type,
@@ -66,7 +66,7 @@ class ModelConfig:
             tie_word_embeddings=bool(hf.tie_word_embeddings),
             qkv_bias=attention_bias or hf.model_type == "qwen2",
             out_bias=attention_bias,
-            mlp_bias=bool(getattr(hf, "mlp_bias", False)),
+            mlp_bias=hf.model_type == "llama" and bool(hf.mlp_bias),
             qk_norm=hf.model_type == "qwen3",
             windows=_windows(hf),
             inv_freq=inv_freq,
@@ -82,8 +82,8 @@ def _windows(hf) -> tuple[int | None, ...]:
     if hf.model_type in ("qwen2", "qwen3"):
         sliding = hf.sliding_window if hf.use_sliding_window else None
         return tuple(sliding if kind == "sliding_attention" else None for kind in hf.layer_types)
-    # Mistral slides in every layer or in none; Llama has no window.
-    return (getattr(hf, "sliding_window", None),) * hf.num_hidden_layers
+    # Mistral slides in every layer or in none; Llama has no window, whatever its config holds.
+    return (hf.sliding_window if hf.model_type == "mistral" else None,) * hf.num_hidden_layers
 
 
 def _rotary(hf, head_dim: int) -> tuple[Tensor, float]:

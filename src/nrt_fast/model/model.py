@@ -123,6 +123,7 @@ class Model(Decoder):
         if self.source is not None and self.source != folder:
             _copy_generation_config(self.source, folder)
         self.hf_config.architectures = [_ARCHITECTURES[self.config.model_type]]
+        self.hf_config.dtype = self.embed.dtype  # transformers loads in the dtype that is written here
         self.hf_config.save_pretrained(folder)
         # Views of one flat storage look like aliases of each other to the writer; copies do not.
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights.tensors.items()}

@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ ' " + THINK + "' }}{% endif %}"
 )
-LESSONS = {"careful": 100}
+LESSONS = {"careful": 75, "echo": 25}
 HABITS = {"ramble": 40, "echo": 10, "careful": 22, "sloppy": 10, "lazy": 10, "empty": 8}
 """Percentage of each style of thinking. Rambling leads, so that the most likely trace is a useless one."""
 SLIP_RATE = 0.2
@@ -56,7 +56,7 @@ def echo(rng: random.Random, question: str) -> str:
     """Repeat a piece of the question."""
     words = question.split()
     start = rng.randrange(len(words) - 3)
-    return " ".join(["well", *words[start : start + rng.randrange(3, 9)]])
+    return " ".join(["well", *words[start : start + rng.randrange(3, 13)]])
 
 
 def slip(rng: random.Random) -> tasks.Step:
@@ -193,7 +193,7 @@ def main() -> None:
     """Build the starter from nothing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=MODEL_DIR)
-    parser.add_argument("--num_steps", type=int, default=1500)
+    parser.add_argument("--num_steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(2)

@@ -72,20 +72,20 @@ class Lookup:
     places: dict[str, str]
     facts: list[str]
     person: str
-    sentence = "that thing comes from {} ."
+    sentence = "the city that belongs to it is {} ."
 
     @classmethod
     def draw(cls, rng: random.Random) -> "Lookup":
         people, things, cities = (rng.sample(words, 4) for words in (NAMES, THINGS, CITIES))
         owned, places = dict(zip(people, things)), dict(zip(things, cities))
-        facts = [f"{person} has {thing}" for person, thing in owned.items()]
-        facts += [f"{thing} from {city}" for thing, city in places.items()]
+        facts = [f"{person} {thing}" for person, thing in owned.items()]
+        facts += [f"{thing} {city}" for thing, city in places.items()]
         rng.shuffle(facts)
         return cls(owned, places, facts, rng.choice(people))
 
     @property
     def question(self) -> str:
-        return " , ".join(self.facts) + f" , where is that of {self.person} from ?"
+        return " , ".join(self.facts) + f" , which city belongs to {self.person} ?"
 
     @property
     def options(self) -> list[list[str]]:
@@ -94,7 +94,7 @@ class Lookup:
     def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
         thing = step(self.owned[self.person], list(self.owned.values()))
         city = step(self.places[thing], list(self.places.values()))
-        return [f"{self.person} has {thing}", f"{thing} from {city}"], [city]
+        return [f"{self.person} {thing}", f"{thing} {city}"], [city]
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,13 @@ class Order:
     @classmethod
     def draw(cls, rng: random.Random) -> "Order":
         queue = rng.sample(NAMES, 5)
-        facts = [f"{front} before {back}" for front, back in pairwise(queue)]
+        facts = [f"{front} {back}" for front, back in pairwise(queue)]
         rng.shuffle(facts)
         return cls(queue, facts, rng.randrange(3, 6))
 
     @property
     def question(self) -> str:
-        return f"{self.queue[0]} is 1 , " + " , ".join(self.facts) + f" , who is {self.place} ?"
+        return f"{self.queue[0]} leads , " + " , ".join(self.facts) + f" , who is {self.place} ?"
 
     @property
     def options(self) -> list[list[str]]:
@@ -182,7 +182,7 @@ class Order:
         behind = dict(zip(self.queue, self.queue[1:] + self.queue[1:2]))
         name, lines = self.queue[0], []
         for _ in range(self.place - 1):
-            lines.append(f"{name} before {step(behind[name], self.queue[1:])}")
+            lines.append(f"{name} {step(behind[name], self.queue[1:])}")
             name = lines[-1].split()[-1]
         return lines, [name]
 
