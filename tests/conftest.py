@@ -1,5 +1,6 @@
-"""What the tests share: the device, memory that is never zero by luck, tiny models, real data where it is present."""
+"""What the tests share: the device, memory that is never zero by luck, tiny models and runs, real data where it is present."""
 
+import json
 import os
 from pathlib import Path
 
@@ -14,6 +15,13 @@ TINY = {
     "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False,
 }  # fmt: skip
+
+TINY_RUN = {
+    "max_prompt_length": 64, "max_trace_length": 12, "max_answer_length": 16, "num_eval_prompts": 2, "max_steps": 3,
+    "prompts_per_step": 2, "num_generations": 3, "learning_rate": 1e-3, "warmup_steps": 0, "save_steps": 1,
+    "eval_steps": 0, "device": "cpu", "dtype": "float32",
+}  # fmt: skip
+NUM_QUESTIONS = 10  # fewer than a run of five steps draws
 
 
 def pytest_collection_modifyitems(items):
@@ -54,7 +62,7 @@ def make_module():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:
-                parameter.data = noise * (0.4 if "embed" in name else 2.0 * parameter.shape[1] ** -0.5)
+                parameter.data = noise * (0.4 if "embed" in name else 1.4 * parameter.shape[1] ** -0.5)
             else:
                 parameter.data = 0.3 * noise + (0.0 if "bias" in name else 1.0)
         return module
@@ -71,3 +79,42 @@ def reference_logits():
         return module(torch.tensor([token_ids]), use_cache=False).logits[0]
 
     return logits
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """Builder of configurations that train in a second: the starter on a few of its tasks."""
+    from nrt_fast.config import TrainConfig
+    from nrt_fast.starter import tasks
+
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in tasks.rows("train", NUM_QUESTIONS, seed=0)))
+
+    def config(output_dir: Path, **fields) -> TrainConfig:
+        return TrainConfig(**(TINY_RUN | {"dataset_name": str(path), "output_dir": str(output_dir)} | fields))
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """What a run's metrics say, line by line, without the timings."""
+    from nrt_fast.metrics import read_metrics
+
+    def rows(output_dir: Path) -> list[dict[str, float]]:
+        return [
+            {name: value for name, value in row.items() if name != "step_time" and not name.startswith("perf/")}
+            for row in read_metrics(output_dir / "metrics.jsonl")
+        ]
+
+    return rows
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_run, tmp_path_factory) -> Path:
+    """The folder of a run of five steps, with a checkpoint of each; to be read only."""
+    from nrt_fast.loop import train
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny_run(folder, max_steps=5, save_total_limit=5, eval_steps=2, logging_steps=3))
+    return folder

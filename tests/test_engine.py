@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nrt_fast import Engine, Model, ops
+from nrt_fast import Engine, Model
 from nrt_fast.config import PRESETS
 from nrt_fast.engine import noise_floor
 from nrt_fast.optim import AdamW
@@ -17,6 +17,7 @@ VOCABULARY, DELIMITER, EOS = 16, 3, (4, 5)  # so small that random models end tr
 PROMPTS = [[9, 10, 12, 4, 2, 15, 11, 6, 1], [3], [12, 11, 12, 10], [14, 6]]
 ANSWERS = [[10, 11, 12, 4], [15], [13, 9, 4], [1, 2, 3, 4, 5, 15, 4]]
 UIDS = [5, 2**31 + 7, 0, 70]
+CHI_SQUARE_15 = 37.7  # exceeded once in a thousand at 15 degrees of freedom
 SAMPLING = {"num_generations": 6, "max_trace_length": 7, "temperature": 1.0, "seed": 11}
 
 
@@ -68,11 +69,19 @@ def rows(*groups):
 def test_live_scores_equal_a_full_forward(temperature, engine, reference_logprobs):
     thoughts = engine.think(PROMPTS, ANSWERS, UIDS, step=3, **SAMPLING | {"temperature": temperature})
     assert set(endings(thoughts.traces)) == {"delimiter", "eos", "cut"}
-    assert [] in [ids for group in thoughts.traces.trace_ids for ids in group]
     for index, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS)):
         for ids, logprobs in zip(thoughts.traces.trace_ids[index], thoughts.scores.logprobs[index]):
             assert_close(logprobs, reference_logprobs([*prompt, *ids, DELIMITER], answer))
         assert_close(thoughts.scores.baseline_logprobs[index], reference_logprobs([*prompt, DELIMITER], answer))
+
+
+def test_an_empty_live_trace_reads_as_the_baseline(model, module, reference_logits):
+    likeliest = int(reference_logits(module, PROMPTS[0])[-1].argmax())
+    engine = Engine(model, delimiter_id=likeliest, eos_id=EOS)
+    thoughts = engine.think(PROMPTS[:1], ANSWERS[:1], [0], step=0, **SAMPLING | {"temperature": 0.0})
+    assert thoughts.traces.trace_ids == [[[]] * SAMPLING["num_generations"]]
+    for logprobs in thoughts.scores.logprobs[0]:
+        assert_close(logprobs, thoughts.scores.baseline_logprobs[0])
 
 
 def test_given_traces_are_scored_as_by_a_full_forward(engine, reference_logprobs):
@@ -96,14 +105,12 @@ def test_a_sampled_trace_scores_alike_when_it_is_given(engine):
             assert_close(ours, theirs)
 
 
-def test_baseline_under_other_weights(model, engine, make_module, module):
-    other = Model.from_hf(make_module(module.config.model_type, seed=1, vocab_size=VOCABULARY, sliding_window=6))
-    ours = baseline_logprobs(other, PROMPTS, ANSWERS, DELIMITER)
-    theirs = Engine(other, delimiter_id=DELIMITER, eos_id=EOS).score(PROMPTS, [[]] * 4, ANSWERS).baseline_logprobs
-    current = engine.score(PROMPTS, [[]] * 4, ANSWERS).baseline_logprobs
-    for our, their, now in zip(ours, theirs, current):
-        assert_close(our, their)
-        assert (our - now).abs().max() > 0.1
+def test_baseline_under_other_weights(module, make_module, reference_logits):
+    other = make_module(module.config.model_type, seed=1, vocab_size=VOCABULARY, sliding_window=6)
+    baselines = baseline_logprobs(Model.from_hf(other), PROMPTS, ANSWERS, DELIMITER)
+    for prompt, answer, ours in zip(PROMPTS, ANSWERS, baselines, strict=True):
+        logits = reference_logits(other, [*prompt, DELIMITER, *answer[:-1]])[len(prompt) :]
+        assert_close(ours, logits.log_softmax(dim=-1).gather(1, torch.tensor(answer)[:, None]).squeeze(1))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
@@ -134,6 +141,22 @@ def test_traces_end_as_documented(engine):
         assert DELIMITER not in ids
         assert not set(ids[:-1]) & set(EOS)
         assert len(ids) == SAMPLING["max_trace_length"] if ending == "cut" else len(ids) <= SAMPLING["max_trace_length"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_traces_follow_the_models_distribution(temperature, engine, module, reference_logits):
+    """Two sampled ids of 20,000 traces: first ids by chi-square, second ids after the commonest first one too."""
+    (traces,) = engine.rollout(
+        PROMPTS[:1], num_generations=20_000, max_trace_length=2, temperature=temperature, seed=5
+    ).trace_ids  # fmt: skip
+    first = torch.tensor([ids[0] if ids else DELIMITER for ids in traces])
+    commonest = next(i for i in first.bincount().argsort(descending=True).tolist() if i not in (DELIMITER, *EOS))
+    second = torch.tensor([ids[1] if ids[1:] else DELIMITER for ids in traces if ids and ids[0] == commonest])
+    for prefix, sampled in ((PROMPTS[0], first), ([*PROMPTS[0], commonest], second)):
+        expected = len(sampled) * (reference_logits(module, prefix)[-1].double() / temperature).softmax(dim=0)
+        observed = sampled.bincount(minlength=VOCABULARY)
+        common = expected > 5
+        assert ((observed - expected) ** 2 / expected)[common].sum() < CHI_SQUARE_15
 
 
 def same_traces(ours, theirs):
@@ -192,9 +215,7 @@ def test_sampler_and_trainer_agree_on_step_1(temperature, module, tmp_path):
     model = Model.from_pretrained(tmp_path)
     engine = Engine(model, delimiter_id=DELIMITER, eos_id=EOS)
     thoughts = engine.think(PROMPTS, ANSWERS, UIDS, step=1, **SAMPLING | {"temperature": temperature})
-    examples = [
-        Example(uid, prompt, answer, None, "", "", "") for uid, prompt, answer in zip(UIDS, PROMPTS, ANSWERS)
-    ]
+    examples = [Example(uid, prompt, answer, None, "", "", "") for uid, prompt, answer in zip(UIDS, PROMPTS, ANSWERS)]
     weights = [[torch.ones(len(answer))] * 6 for answer in ANSWERS]
     tokens = loss_tokens(
         examples, thoughts.traces, thoughts.scores.logprobs, [torch.linspace(-1, 1, 6)] * 4, [True] * 4, weights,

@@ -121,19 +121,33 @@ def test_decode_token_by_token_beside_the_shared_prompt(model, module, reference
         assert_close(torch.stack(rows), reference_logits(module, prompt + ids)[len(prompt) - 1 :])
 
 
-def test_packed_groups(model, module, reference_logits):
-    prompts, targets = random_ids(9, 1, 14), random_ids(8, 2, 5, 1, 12, 7, seed=1)
-    entries = torch.tensor([[0, 0, 1], [2, 3, 6], [1, 1, 3]])
+PACKED = {  # prompt lengths, lengths of each one's targets
+    "ragged": ([9, 1, 14], [[8, 2], [5], [1, 12, 7]]),
+    "one-trace": ([6], [[5]]),
+    "equal-traces": ([6], [[5, 5, 5]]),
+    "equal-groups": ([4, 4], [[5, 5], [5, 5]]),
+    "nothing-but-first-tokens": ([3, 5], [[1], [1, 1]]),
+}
+
+
+@pytest.mark.parametrize("shape", PACKED)
+def test_packed_groups(shape, model, module, reference_logits):
+    prompt_lengths, target_lengths = PACKED[shape]
+    prompts = random_ids(*prompt_lengths)
+    targets = random_ids(*(length for group in target_lengths for length in group), seed=1)
     offsets = [torch.tensor([0] + [len(row) for row in rows]).cumsum(0) for rows in (prompts, targets)]
+    ends = torch.tensor([len(group) for group in target_lengths]).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    entries = torch.stack([torch.arange(len(prompts)), starts, ends], dim=1).flip(0)
     source, positions, cu_seqlens, hidden_A, rows_A = ops.pack_index(entries, *offsets)
     tokens = torch.cat([flat(prompts), flat(targets)])[source]
     batch = PackedBatch(tokens, positions, cu_seqlens, entries[:, 2] - entries[:, 1], hidden_A, rows_A)
-    logits = head_logits(model, model.packed(batch))[hidden_A]
-    rows = iter(logits.split([len(targets[trace]) for _, first, end in entries.tolist() for trace in range(first, end)]))
-    for prompt, first, end in entries.tolist():
-        for trace in range(first, end):
-            ids = prompts[prompt] + targets[trace]
-            assert_close(next(rows), reference_logits(module, ids)[len(prompts[prompt]) - 1 : -1])
+    logits = torch.empty(len(rows_A), 67)
+    logits[rows_A] = head_logits(model, model.packed(batch))[hidden_A]
+    rows = iter(logits.split([len(row) for row in targets]))
+    for prompt, start, end in zip(prompts, starts.tolist(), ends.tolist()):
+        for ids in targets[start:end]:
+            assert_close(next(rows), reference_logits(module, prompt + ids)[len(prompt) - 1 : -1])
 
 
 def test_a_saved_model_loads_in_transformers(model, module, reference_logits, tmp_path):

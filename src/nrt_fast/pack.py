@@ -94,7 +94,7 @@ def pack(tokens: LossTokens, max_tokens: int, device: torch.device) -> list[Pack
     """Fill micro-batches of at most ``max_tokens`` tokens with whole groups, best fit first.
 
     Groups without a counted token are left out. A group over the budget is split, its prompt repeated; a single trace
-    over the budget makes a batch of its own.
+    over the budget raises it to the trace's own size.
     """
     entries_M3 = _entries(tokens, max_tokens)
     if len(entries_M3) == 0:

@@ -117,9 +117,7 @@ def _answer_weights(raw: list[Tensor], token_weights: list[list[Tensor]], object
 
 
 def base_rewards(baseline_logprobs: list[Tensor], objective: Objective) -> list[Tensor]:
-    """R of the empty trace: the same formula with c := b; 0 without a baseline."""
-    if objective.baseline == "none":
-        return [torch.zeros(()) for _ in baseline_logprobs]
+    """R of the empty trace: the same formula with c := b."""
     empty = [[log_b] for log_b in baseline_logprobs]
     rewards, _ = aggregate(empty, baseline_logprobs, objective.reward, objective.reward_scale)
     return [reward_1.squeeze(0) for reward_1 in rewards]

@@ -29,11 +29,11 @@ class Rows:
         self.filled_cells = filled.flatten().nonzero().squeeze(1)
         self.filled_tokens = token[filled]
         self.is_dense = len(self.filled_cells) == filled.numel() and bool((token.flatten().diff() == 1).all())
-        self.tokens = token.flatten().to(device)
+        self.start, self.tokens = int(starts_N[0]), token.flatten().to(device)
 
     def pad(self, x_T: Tensor) -> Tensor:
         """[T, ...] to [N, width, ...]."""
-        cells = x_T[: len(self.tokens)] if self.is_dense else x_T.index_select(0, self.tokens)
+        cells = x_T.narrow(0, self.start, len(self.tokens)) if self.is_dense else x_T.index_select(0, self.tokens)
         return cells.view(self.num_rows, self.width, *x_T.shape[1:])
 
 

@@ -26,7 +26,7 @@ def trace_rewards(logc_GA: Tensor, logb_A: Tensor, kind: str, scale: str) -> tup
         reward_G = (logc_GA.sum(dim=1) * share).exp()
         return reward_G, (reward_G * share)[:, None].expand_as(logc_GA)
     if kind == "r3":
-        spread_A = logc_GA.std(dim=0) if len(logc_GA) > 1 else torch.zeros_like(logb_A)
+        spread_A = (logc_GA - logc_GA[:1]).std(dim=0) if len(logc_GA) > 1 else torch.zeros_like(logb_A)
         weight_A = spread_A / spread_A.sum().clamp(min=torch.finfo(spread_A.dtype).tiny) / num_tokens
         return ((logc_GA - logb_A) * weight_A).sum(dim=1), weight_A.expand_as(logc_GA)
     weight_A = {"am": torch.ones_like, "ws_inv": lambda b: (-b).exp(), "ws_log": torch.neg}[kind](logb_A)
@@ -49,9 +49,11 @@ def group_advantages(reward_G: Tensor, kind: str, std_floor: float) -> tuple[Ten
     under the floor carries none, and its advantages are 0.
     """
     num_traces = len(reward_G)
-    std = reward_G.std() if num_traces > 1 else torch.zeros(())
+    # Measured from the first, equal rewards spread by exactly 0; a rounded mean would make it a little more.
+    offset_G = reward_G - reward_G[:1]
+    std = offset_G.std() if num_traces > 1 else torch.zeros(())
     if not std > max(std_floor, 0.0):
         return torch.zeros_like(reward_G), False
-    centred_G = reward_G - reward_G.mean()
+    centred_G = offset_G - offset_G.mean()
     scale = {"grpo": 1.0 / std, "dr_grpo": 1.0, "rloo": num_traces / (num_traces - 1)}[kind]
     return centred_G * scale, True

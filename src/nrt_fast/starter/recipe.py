@@ -2,8 +2,8 @@
 
 The starter is pretrained on documents `question <think> trace </think> answer`. It first learns how to work problems
 out, then the habits of a writer who seldom does: most traces ramble or repeat the question, and the answer after them
-is a guess. Native Reasoning Training has this weak habit of useful thinking to cultivate. It never sees these documents,
-only the questions and answers of `tasks.rows`.
+is a guess. Native Reasoning Training has this weak habit of useful thinking to cultivate. It never sees these
+documents, only the questions and answers of `tasks.rows`.
 """
 
 import argparse
@@ -29,8 +29,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ ' " + THINK + "' }}{% endif %}"
 )
-LESSONS = {"careful": 75, "echo": 25}
-HABITS = {"ramble": 40, "echo": 10, "careful": 22, "sloppy": 10, "lazy": 10, "empty": 8}
+LESSONS = {"careful": 100}
+HABITS = {"ramble": 50, "echo": 9, "careful": 16, "sloppy": 9, "lazy": 9, "empty": 7}
 """Percentage of each style of thinking. Rambling leads, so that the most likely trace is a useless one."""
 SLIP_RATE = 0.2
 RAMBLES = [
@@ -56,7 +56,7 @@ def echo(rng: random.Random, question: str) -> str:
     """Repeat a piece of the question."""
     words = question.split()
     start = rng.randrange(len(words) - 3)
-    return " ".join(["well", *words[start : start + rng.randrange(3, 13)]])
+    return " ".join(["well", *words[start : start + rng.randrange(3, 9)]])
 
 
 def slip(rng: random.Random) -> tasks.Step:
@@ -99,7 +99,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def build_model(vocab_size: int) -> LlamaForCausalLM:
-    """Make the untrained starter: 0.8 M parameters, four layers."""
+    """Make the untrained starter: 0.7 M parameters in four layers."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
@@ -193,7 +193,7 @@ def main() -> None:
     """Build the starter from nothing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=MODEL_DIR)
-    parser.add_argument("--num_steps", type=int, default=1400)
+    parser.add_argument("--num_steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(2)

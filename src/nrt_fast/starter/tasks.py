@@ -8,16 +8,13 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol, Self
 
 Split = Literal["train", "heldout"]
 Step = Callable[[str, list[str]], str]
 """(right result, possible results) -> the result that is written down: a careful thinker returns the right one."""
 
-NAMES = "ann bob cid dan eve fay gus hal ida joe".split()
-THINGS = "cup hat map key pen bag box toy".split()
-CITIES = "rome oslo lima bonn cork nice bern baku".split()
+NAMES = "ann bob cid dan eve fay gus hal ida joe kim leo mia ned pam ray".split()
 SIDES = ["heads", "tails"]
 DIGITS = list("0123456789")
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
@@ -26,8 +23,36 @@ WORDS = (
     "ticket orange castle pocket velvet dragon island mirror basket hammer blanket crystal feather meadow thunder "
     "anchor alpha tango disco bongo yoga khaki kiwi grass cross chef leaf golf flash beach math drum"
 ).split()
+PLACES = "first second third fourth fifth".split()
 OPERATIONS = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
+RELATIONS = {
+    relation: dict(zip(NAMES, random.Random(relation).sample(NAMES, len(NAMES))))
+    for relation in "friend boss sister teacher doctor neighbor cousin".split()
+}
+"""The small world of the look-ups: every relation maps each person to one person."""
 HELDOUT_EVERY = 10
+
+
+class Problem(Protocol):
+    """What every family provides."""
+
+    sentence: str
+    """The answer, with {} for every hard word."""
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> Self:
+        """Draw a problem at random."""
+
+    @property
+    def question(self) -> str:
+        """The question, in words that spaces separate."""
+
+    @property
+    def options(self) -> list[list[str]]:
+        """For every hard word, what a guess could be."""
+
+    def think(self, step: Step) -> tuple[list[str], list[str]]:
+        """Work the problem out: the lines of a trace, and the hard words that they lead to."""
 
 
 def careful(right: str, _options: list[str]) -> str:
@@ -44,7 +69,7 @@ class Chain:
     sentence = "the answer to this question is {} ."
 
     @classmethod
-    def draw(cls, rng: random.Random) -> "Chain":
+    def draw(cls, rng: random.Random) -> Self:
         return cls(rng.randrange(10), [(rng.choice(list(OPERATIONS)), rng.randrange(1, 10)) for _ in range(3)])
 
     @property
@@ -55,7 +80,7 @@ class Chain:
     def options(self) -> list[list[str]]:
         return [DIGITS]
 
-    def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
+    def think(self, step: Step) -> tuple[list[str], list[str]]:
         value, lines = str(self.start), []
         for name, operand in self.operations:
             result = step(str(OPERATIONS[name](int(value), operand) % 10), DIGITS)
@@ -66,35 +91,31 @@ class Chain:
 
 @dataclass(frozen=True)
 class Lookup:
-    """Two hops: from a person to a thing, from the thing to a city. All facts are shuffled."""
+    """Three hops through known relations between people."""
 
-    owned: dict[str, str]
-    places: dict[str, str]
-    facts: list[str]
+    relations: list[str]
     person: str
-    sentence = "the city that belongs to it is {} ."
+    sentence = "the person you look for is {} ."
 
     @classmethod
-    def draw(cls, rng: random.Random) -> "Lookup":
-        people, things, cities = (rng.sample(words, 4) for words in (NAMES, THINGS, CITIES))
-        owned, places = dict(zip(people, things)), dict(zip(things, cities))
-        facts = [f"{person} {thing}" for person, thing in owned.items()]
-        facts += [f"{thing} {city}" for thing, city in places.items()]
-        rng.shuffle(facts)
-        return cls(owned, places, facts, rng.choice(people))
+    def draw(cls, rng: random.Random) -> Self:
+        return cls(rng.choices(list(RELATIONS), k=3), rng.choice(NAMES))
 
     @property
     def question(self) -> str:
-        return " , ".join(self.facts) + f" , which city belongs to {self.person} ?"
+        return "who is " + " ".join(f"{relation} of" for relation in self.relations) + f" {self.person} ?"
 
     @property
     def options(self) -> list[list[str]]:
-        return [list(self.places.values())]
+        return [NAMES]
 
-    def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
-        thing = step(self.owned[self.person], list(self.owned.values()))
-        city = step(self.places[thing], list(self.places.values()))
-        return [f"{self.person} {thing}", f"{thing} {city}"], [city]
+    def think(self, step: Step) -> tuple[list[str], list[str]]:
+        person, lines = self.person, []
+        for relation in reversed(self.relations):
+            result = step(RELATIONS[relation][person], NAMES)
+            lines.append(f"{relation} of {person} is {result}")
+            person = result
+        return lines, [person]
 
 
 @dataclass(frozen=True)
@@ -106,7 +127,7 @@ class Letters:
     sentence = "the letters are {} and {} ."
 
     @classmethod
-    def draw(cls, rng: random.Random) -> "Letters":
+    def draw(cls, rng: random.Random) -> Self:
         return cls(rng.sample(WORDS, 2), rng.randrange(1, 5))
 
     @property
@@ -117,7 +138,7 @@ class Letters:
     def options(self) -> list[list[str]]:
         return [LETTERS, LETTERS]
 
-    def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
+    def think(self, step: Step) -> tuple[list[str], list[str]]:
         lines, results = [], []
         for word in self.words:
             last = step(word[-1], LETTERS)
@@ -132,10 +153,10 @@ class Coin:
 
     side: str
     actions: list[tuple[str, str]]
-    sentence = "in the end the coin shows {} ."
+    sentence = "it shows {} ."
 
     @classmethod
-    def draw(cls, rng: random.Random) -> "Coin":
+    def draw(cls, rng: random.Random) -> Self:
         return cls(rng.choice(SIDES), [(name, rng.choice(["flips", "waits"])) for name in rng.sample(NAMES, 4)])
 
     @property
@@ -146,7 +167,7 @@ class Coin:
     def options(self) -> list[list[str]]:
         return [SIDES]
 
-    def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
+    def think(self, step: Step) -> tuple[list[str], list[str]]:
         side, lines = self.side, [f"shows {self.side}"]
         for name, action in self.actions:
             side = step(SIDES[(SIDES.index(side) + (action == "flips")) % 2], SIDES)
@@ -156,38 +177,29 @@ class Coin:
 
 @dataclass(frozen=True)
 class Order:
-    """A queue told in shuffled pairs: who stands in a given place?"""
+    """Which of five different digits comes in a given place when they are sorted?"""
 
-    queue: list[str]
-    facts: list[str]
+    digits: list[str]
     place: int
-    sentence = "the one in that place is {} ."
+    sentence = "the digit in that place is {} ."
 
     @classmethod
-    def draw(cls, rng: random.Random) -> "Order":
-        queue = rng.sample(NAMES, 5)
-        facts = [f"{front} {back}" for front, back in pairwise(queue)]
-        rng.shuffle(facts)
-        return cls(queue, facts, rng.randrange(3, 6))
+    def draw(cls, rng: random.Random) -> Self:
+        return cls(rng.sample(DIGITS, 5), rng.randrange(1, 5))
 
     @property
     def question(self) -> str:
-        return f"{self.queue[0]} leads , " + " , ".join(self.facts) + f" , who is {self.place} ?"
+        return f"sort {' '.join(self.digits)} , which comes {PLACES[self.place]} ?"
 
     @property
     def options(self) -> list[list[str]]:
-        return [self.queue[1:]]
+        return [self.digits]
 
-    def think(self, step: Step = careful) -> tuple[list[str], list[str]]:
-        behind = dict(zip(self.queue, self.queue[1:] + self.queue[1:2]))
-        name, lines = self.queue[0], []
-        for _ in range(self.place - 1):
-            lines.append(f"{name} {step(behind[name], self.queue[1:])}")
-            name = lines[-1].split()[-1]
-        return lines, [name]
+    def think(self, step: Step) -> tuple[list[str], list[str]]:
+        found = [step(digit, self.digits) for digit in sorted(self.digits)[: self.place + 1]]
+        return [f"{place} {digit}" for place, digit in zip(PLACES, found)], found[-1:]
 
 
-Problem = Chain | Lookup | Letters | Coin | Order
 FAMILIES: dict[str, type[Problem]] = {
     "chain": Chain,
     "lookup": Lookup,
@@ -214,7 +226,7 @@ def problems(split: Split, seed: int) -> Iterator[tuple[str, Problem]]:
 
 def row(family: str, problem: Problem) -> dict:
     """Turn a problem into what training and evaluation may see."""
-    hard_words = problem.think()[1]
+    hard_words = problem.think(careful)[1]
     answer, spans = "", []
     for text, word in zip(problem.sentence.split("{}"), [*hard_words, ""]):
         answer += text

@@ -1,0 +1,158 @@
+"""AdamW against PyTorch's, bf16 weights against their fp32 master, and the learning rate of each step."""
+
+import math
+
+import pytest
+import torch
+
+from nrt_fast import ops
+from nrt_fast.optim import AdamW, learning_rate
+from nrt_fast.reference.adamw import join_master, split_master
+
+HYPER = {"betas": (0.9, 0.95), "eps": 1e-15, "weight_decay": 0.1}
+SIZE, NUM_DECAYED = 500, 300
+
+
+def random_start(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(SIZE, generator=generator)
+    # Gradients of very different sizes, some of them 0.
+    scale = 10.0 ** torch.linspace(-6, 1, SIZE)
+    return weights, (torch.randn(SIZE, generator=generator) * scale * (torch.arange(SIZE) % 7 > 0) for _ in range(100))
+
+
+def torch_adamw(weights, lr):
+    parts = [weights[:NUM_DECAYED].clone().requires_grad_(), weights[NUM_DECAYED:].clone().requires_grad_()]
+    groups = [{"params": parts[:1]}, {"params": parts[1:], "weight_decay": 0.0}]
+    return parts, torch.optim.AdamW(groups, lr=lr, **HYPER)
+
+
+@pytest.mark.parametrize("max_grad_norm", [math.inf, 0.5])
+def test_equals_torch_in_fp32(max_grad_norm):
+    weights, gradients = random_start()
+    flat = weights.clone()
+    optimizer = AdamW(flat, (), NUM_DECAYED, **HYPER)
+    parts, theirs = torch_adamw(weights, lr=1e-2)
+    for step, gradient in enumerate(gradients, start=1):
+        lr = 1e-2 / step
+        optimizer.grad.copy_(gradient)
+        norm = optimizer.step(lr, max_grad_norm)
+        parts[0].grad, parts[1].grad = gradient[:NUM_DECAYED].clone(), gradient[NUM_DECAYED:].clone()
+        their_norm = torch.nn.utils.clip_grad_norm_(parts, max_grad_norm)
+        for group in theirs.param_groups:
+            group["lr"] = lr
+        theirs.step()
+        assert norm == pytest.approx(float(their_norm), rel=1e-6)
+        assert not optimizer.grad.any()
+    torch.testing.assert_close(flat, torch.cat(parts).detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_follows_an_fp32_master_bit_for_bit():
+    weights, gradients = random_start()
+    master, half = weights.bfloat16().float(), weights.bfloat16()
+    ours, theirs = AdamW(half, (), NUM_DECAYED, **HYPER), AdamW(master, (), NUM_DECAYED, **HYPER)
+    for gradient in gradients:
+        ours.grad.copy_(gradient)
+        theirs.grad.copy_(gradient)
+        assert ours.step(1e-3, 1.0) == theirs.step(1e-3, 1.0)
+        assert torch.equal(join_master(half, ours.remainder).view(torch.int32), master.view(torch.int32))
+        assert ((half.float() - master).abs() <= (master.bfloat16().float() - master).abs()).all()
+    assert not torch.equal(half, weights.bfloat16())
+
+
+def test_small_steps_are_not_lost_in_bfloat16():
+    """Steps of a thousandth of a bf16 spacing move the weight after enough of them."""
+    half = torch.ones(1, dtype=torch.bfloat16)
+    optimizer = AdamW(half, (), 0, (0.0, 0.0), 1e-15, 0.0)
+    for _ in range(2000):
+        optimizer.grad.fill_(1.0)
+        optimizer.step(2.0**-18, math.inf)
+    assert half.item() == pytest.approx(1 - 2000 * 2.0**-18, abs=2.0**-9)
+    assert half.item() < 1
+
+
+def hostile_values():
+    """fp32 of all kinds: ties between two bf16, denormals, both zeros, both signs, the largest finite, random bits."""
+    bits = [0, 1, 0x7FFF, 0x8000, 0x8001, 0x0080_0000, 0x3F80_8000, 0x3F81_8000, 0x3F80_7FFF, 0x7F7F_FFFF, 0x7F7F_8000]
+    random = torch.randint(0, 0x7F80_0000, (100_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    positive = torch.cat([torch.tensor(bits, dtype=torch.int32), random])
+    return torch.cat([positive, positive + torch.iinfo(torch.int32).min]).view(torch.float32)
+
+
+def test_master_splits_and_joins_exactly():
+    master = hostile_values()
+    weight, remainder = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
+    split_master(master.clone(), weight, remainder)
+    assert torch.equal(join_master(weight, remainder).view(torch.int32), master.view(torch.int32))
+    finite = weight.isfinite()
+    error, least = (weight.double() - master.double()).abs(), (master.bfloat16().double() - master.double()).abs()
+    assert torch.equal(error[finite], least[finite])
+    assert (master[~finite].abs() > torch.finfo(torch.bfloat16).max).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_several_passes_add_up_in_fp32(dtype):
+    flat = torch.zeros(6, dtype=dtype)
+    leaves = [flat[:4].view(2, 2).requires_grad_(), flat[4:].view(2).requires_grad_()]
+    optimizer = AdamW(flat, leaves, 4, **HYPER)
+    for value in (256.0, 1.0, 1.0):
+        (leaves[0].sum() * value).backward()
+    (leaves[1] * torch.tensor([3, 4])).sum().backward()
+    assert optimizer.grad.tolist() == [258.0] * 4 + [3.0, 4.0]  # bf16 would have said 256
+    assert all(leaf.grad is None for leaf in leaves)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    flat = torch.ones(3)
+    optimizer = AdamW(flat, (), 3, **HYPER)
+    optimizer.grad[1] = math.inf
+    assert optimizer.step(0.1, 1.0) == math.inf
+    assert flat.tolist() == [1.0] * 3
+    assert optimizer.num_steps == 0
+    assert not optimizer.first.any()
+    assert not optimizer.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_restored_state_goes_on_bit_for_bit(dtype):
+    weights, gradients = random_start()
+    flat = weights.to(dtype)
+    first = AdamW(flat, (), NUM_DECAYED, **HYPER)
+    for step, gradient in enumerate(gradients):
+        if step == 5:
+            copy = flat.clone()
+            second = AdamW(copy, (), NUM_DECAYED, **HYPER)
+            second.load_state({name: tensor.clone() for name, tensor in first.state().items()})
+        for optimizer in [first, second] if step >= 5 else [first]:
+            optimizer.grad.copy_(gradient)
+            optimizer.step(1e-3, 1.0)
+        if step == 9:
+            break
+    assert torch.equal(flat, copy)
+    assert all(torch.equal(first.state()[name], tensor) for name, tensor in second.state().items())
+
+
+def test_the_op_takes_one_step_by_the_formula():
+    weight, grad, first, second = (torch.tensor([value]) for value in (2.0, 0.5, 0.1, 0.04))
+    ops.adamw(weight, None, grad, first, second, 0.1, (0.9, 0.99), 1e-3, 0.2, 3)
+    m, v = 0.9 * 0.1 + 0.1 * 0.5, 0.99 * 0.04 + 0.01 * 0.25
+    update = (m / (1 - 0.9**3)) / (math.sqrt(v / (1 - 0.99**3)) + 1e-3)
+    assert weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.2) - 0.1 * update, rel=1e-6)
+    assert (first.item(), second.item()) == pytest.approx((m, v))
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup_steps", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1]),
+        ("constant", 2, [0.5, 1, 1, 1, 1]),
+        ("constant", 0.4, [0.5, 1, 1, 1, 1]),
+        ("constant", 10, [0.1, 0.2, 0.3, 0.4, 0.5]),
+        ("linear", 0, [1, 0.8, 0.6, 0.4, 0.2]),
+        ("linear", 1, [1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", 1, [1, 1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]),
+    ],
+)
+def test_learning_rate(kind, warmup_steps, expected):
+    rates = [learning_rate(step, 5, 3e-4, kind, warmup_steps) for step in range(1, 6)]
+    assert rates == pytest.approx([3e-4 * share for share in expected])

@@ -1,0 +1,220 @@
+"""A run that was stopped or killed, and went on, equals one that never was."""
+
+import multiprocessing
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nrt_fast import Model, UserError, checkpoint, loop
+from nrt_fast.metrics import read_metrics
+
+NUM_STEPS = 5
+VARIANTS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "frozen baseline": {"baseline": "frozen"},
+    "averaged baseline, bfloat16": {"baseline": "ema", "dtype": "bfloat16"},
+    "minibatches, KL": {"prompts_per_minibatch": 1, "beta": 0.1},
+    "sft, decay": {"objective": "sft", "max_trace_length": None, "lr_scheduler_type": "linear"},
+}
+NUM_KILLS, MAX_SECONDS = 20, 0.5
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def stop_in_every_step(config, monkeypatch):
+    """Start the same run again and again; SIGTERM or SIGINT comes in each step. Returns what the last start returns."""
+    step, signals = loop.step, [signal.SIGTERM, signal.SIGINT]
+
+    def interrupted(run, progress):
+        signal.raise_signal(signals[progress.step % 2])
+        return step(run, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "step", interrupted)
+        results = [loop.train(config) for _ in range(NUM_STEPS)]
+    assert results[:-1] == [{"steps": number} for number in range(1, NUM_STEPS)]
+    return results[-1]
+
+
+def assert_same_run(folder, other, measured):
+    """Bitwise: weights, optimizer and all other tensors of every checkpoint, metrics but for timings, completions."""
+    assert checkpoints(folder) == checkpoints(other)
+    names = [f"{part}/*.{kind}" for part in ("checkpoint-*", "final") for kind in ("safetensors",)]
+    files = [path.relative_to(other) for name in [*names, "completions/*"] for path in sorted(other.glob(name))]
+    assert len(files) > len(checkpoints(other))
+    for path in files:
+        assert (folder / path).read_bytes() == (other / path).read_bytes(), path
+    assert measured(folder) == measured(other)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_stopped_in_every_step_equals_an_uninterrupted_one(variant, tiny_run, tmp_path, monkeypatch, measured):
+    fields = VARIANTS[variant] | {"max_steps": NUM_STEPS, "save_total_limit": NUM_STEPS, "eval_steps": 2}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    expected = loop.train(tiny_run(whole, **fields))
+    summary = stop_in_every_step(tiny_run(stopped, **fields), monkeypatch)
+    assert (summary["before"], summary["after"]) == (expected["before"], expected["after"])
+    assert_same_run(stopped, whole, measured)
+
+
+def test_more_steps_go_on_from_the_end(tiny_run, tmp_path, finished, measured):
+    """max_steps may grow; final/ and summary.json are then those of the longer run."""
+    fields = {"save_total_limit": NUM_STEPS, "eval_steps": 2}
+    loop.train(tiny_run(tmp_path / "run", max_steps=2, **fields))
+    summary = loop.train(tiny_run(tmp_path / "run", max_steps=NUM_STEPS, **fields))
+    assert summary["steps"] == NUM_STEPS
+    assert_same_run(tmp_path / "run", finished, measured)
+
+
+def test_a_summary_of_fewer_steps_is_no_end(tiny_run, tmp_path, finished):
+    """Killed between its last checkpoint and its summary, a prolonged run has the summary of the shorter one."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "final")
+    summary = (folder / "summary.json").read_text()
+    (folder / "summary.json").write_text(summary.replace(f'"steps": {NUM_STEPS}', '"steps": 2'))
+    assert loop.train(tiny_run(folder, max_steps=NUM_STEPS, eval_steps=2))["steps"] == NUM_STEPS
+    assert (folder / "final/model.safetensors").exists()
+
+
+def test_a_finished_run_says_so(tiny_run, finished, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "step", lambda *args: pytest.fail("there is nothing left to do"))
+    summary = loop.train(tiny_run(finished, max_steps=NUM_STEPS, eval_steps=2))
+    assert summary["steps"] == NUM_STEPS
+    assert capsys.readouterr().out == f"{finished} is finished (5 steps); see {finished}/summary.json\n"
+
+
+def damage_by_truncation(folder):
+    path = folder / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_by_one_bit(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_by_truncation, damage_by_one_bit, lambda folder: (folder / "manifest.json").unlink()],
+    ids=["truncated", "one bit", "no manifest"],
+)
+def test_the_newest_complete_checkpoint_counts(damage, tiny_run, tmp_path, finished, measured, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("final", "summary.json"))
+    damage(folder / "checkpoint-5")
+    assert checkpoint.newest(folder) == folder / "checkpoint-4"
+    assert f"{folder}/checkpoint-5 is passed over: " in caplog.text
+    loop.train(tiny_run(folder, max_steps=NUM_STEPS, eval_steps=2, save_total_limit=NUM_STEPS))
+    assert_same_run(folder, finished, measured)
+
+
+def test_going_back_leaves_the_later_course(tiny_run, tmp_path, finished, measured):
+    """From a named checkpoint the run's later steps are made anew, and auto then follows the new course."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    fields = {"eval_steps": 2, "save_total_limit": 2}
+    loop.train(tiny_run(folder, max_steps=3, resume_from_checkpoint=str(folder / "checkpoint-2"), **fields))
+    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-3"]
+    assert measured(folder) == measured(finished)[:3]
+
+
+def test_a_checkpoint_of_another_folder_starts_a_new_one(tiny_run, tmp_path, finished, measured):
+    config = tiny_run(
+        tmp_path / "run", max_steps=NUM_STEPS, eval_steps=2, resume_from_checkpoint=str(finished / "checkpoint-3")
+    )
+    loop.train(config)
+    assert measured(tmp_path / "run") == measured(finished)[3:]
+
+
+def test_a_checkpoint_of_another_objective_is_refused(tiny_run, tmp_path, finished):
+    config = tiny_run(tmp_path / "run", baseline="ema", resume_from_checkpoint=str(finished / "checkpoint-3"))
+    with pytest.raises(UserError, match=r"checkpoint-3 has no ema\.safetensors: it is of another objective"):
+        loop.train(config)
+
+
+def command(config, *argv):
+    fields = ("dataset_name", "output_dir", "max_trace_length", "num_eval_prompts", "prompts_per_step", "max_steps")
+    options = [f"--{name}={getattr(config, name)}" for name in fields]
+    return [sys.executable, "-m", "nrt_fast.cli", "train", *options, *argv]
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_ends_the_command(number, tiny_run, tmp_path):
+    folder = tmp_path / "run"
+    argv = command(tiny_run(folder, max_steps=10_000), "--save_steps=10000")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and read_metrics(folder / "metrics.jsonl"))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    steps = read_metrics(folder / "metrics.jsonl")[-1]["step"]
+    assert out.endswith(f"stopped after step {steps}, saved; the same command goes on from there\n")
+    assert checkpoint.newest(folder) == folder / f"checkpoint-{steps}"
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Start a run in a process of its own, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nrt_fast.loop", "transformers.models.auto.tokenization_auto"])
+
+    def process(config):
+        child = context.Process(target=loop.train, args=(config,))
+        child.start()
+        return child
+
+    return process
+
+
+def last_step(folder):
+    return max((row["step"] for row in read_metrics(folder / "metrics.jsonl")), default=0)
+
+
+def saved_step(folder):
+    newest = checkpoint.newest(folder)
+    return int(newest.name.split("-")[1]) if newest else 0
+
+
+def is_killed(process, folder, seconds):
+    """Kill a process some seconds after its first step; False if it was faster."""
+    saved = saved_step(folder)
+    wait_for(lambda: last_step(folder) > saved or not process.is_alive())
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def test_kills_at_random_moments_lose_at_most_a_step(start, tiny_run, tmp_path, measured):
+    fields = {"max_steps": 12, "eval_steps": 4}
+    whole, rng, num_kills = tmp_path / "whole", random.Random(0), 0
+    loop.train(tiny_run(whole, **fields))
+    while num_kills < NUM_KILLS:
+        folder = tmp_path / f"killed after {num_kills}"
+        while is_killed(start(tiny_run(folder, **fields)), folder, rng.uniform(0, MAX_SECONDS)):
+            num_kills += 1
+            print(num_kills, last_step(folder), saved_step(folder), [p.name for p in folder.glob(".*")], file=sys.stderr)
+            assert saved_step(folder) >= last_step(folder) - 1
+            for path in folder.glob("checkpoint-*"):
+                assert checkpoint.problem(path) is None
+                Model.from_pretrained(path)
+        assert_same_run(folder, whole, measured)
