@@ -1,7 +1,10 @@
-"""What the tests share: the device, memory that is never zero by luck, tiny models and runs, real data where it is present."""
+"""What the tests share: the device, memory that is never zero by luck, tiny models and runs, real data if present."""
 
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -94,6 +97,22 @@ def tiny_run(tmp_path_factory):
         return TrainConfig(**(TINY_RUN | {"dataset_name": str(path), "output_dir": str(output_dir)} | fields))
 
     return config
+
+
+@pytest.fixture(scope="session")
+def file_size_limit():
+    """Context in which this process cannot write a longer file: the kernel refuses, as it does on a full disk."""
+
+    @contextmanager
+    def limited(num_bytes: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,9 @@ from nrt_fast import Engine, Model
 from nrt_fast.evaluate import summarise
 from nrt_fast.types import Example, Scores, Traces
 
-DELIMITER, EOS = 3, 4
-PROMPTS, ANSWERS = [[9, 10, 12, 2, 15, 11], [13], [12, 11, 10]], [[10, 11, 4], [4], [5, 6, 7, 8, 9, 10, 4]]
+DELIMITER, EOS = 3, 9
+PROMPTS = [[9, 10, 12, 2, 15, 11], [13], [12, 11, 10]]
+ANSWERS = [[10, 11, EOS], [EOS], [5, 6, 7, 8, 4, 10, EOS]]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -48,7 +49,7 @@ def test_metrics_have_every_step_and_name(finished):
 
 def test_metrics_agree_with_one_another(finished):
     rows = read_metrics(finished / "metrics.jsonl")
-    for row, following in zip(rows, rows[1:], strict=False):
+    for row, following in pairwise(rows):
         assert following["num_tokens"] > row["num_tokens"]
         assert following["epoch"] - row["epoch"] == pytest.approx(2 / 8), "two prompts a step, eight rows"
     for row in rows:
@@ -162,7 +163,7 @@ def test_a_seed_decides_everything(tiny_run, tmp_path, measured, finished):
 
 
 def test_micro_batches_change_rounding_only(tiny_run, tmp_path):
-    """Adam divides a gradient by its own size: with the default epsilon rounding would give noise around 0 full steps."""
+    """Adam divides a gradient by its own size: with the default epsilon, noise around 0 would take full steps."""
     folders = tmp_path / "whole", tmp_path / "cut"
     for folder, budget in zip(folders, (8192, 40), strict=True):
         train(tiny_run(folder, max_tokens_per_batch=budget, adam_epsilon=1e-6))

@@ -17,7 +17,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 FAMILIES = {
-    "llama": ("llama", {}),
+    "llama": ("llama", {"rope_theta": 500.0}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-multi-head": ("llama", {"num_key_value_heads": 4}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -35,7 +35,7 @@ FAMILIES = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-with-keys-it-ignores": ("qwen2", {"attention_bias": True}),
     "qwen2-window-in-layer-1": ("qwen2", {"max_window_layers": 1, **QWEN_WINDOW}),
-    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3": ("qwen3", {"head_dim": 16, "rope_theta": 1e6}),
     "qwen3-tied": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
     "qwen3-biases": ("qwen3", {"head_dim": 8, "attention_bias": True}),
     "qwen3-window-in-layer-0": (

@@ -112,7 +112,7 @@ def test_minibatches_are_optimiser_steps_with_a_real_ratio(train, default):
 
 
 def test_cut_traces_earn_what_an_empty_one_does(train):
-    """Traces of one token end with the delimiter only if they are empty, so there is nothing left to tell them apart."""
+    """Traces of one token end with the delimiter only if they are empty: nothing is left to tell them apart."""
     _, kept = train(std_floor=0.0, max_trace_length=1)
     _, dropped = train(std_floor=0.0, max_trace_length=1, drop_cut_reward=True)
     assert kept[0]["nrt/frac_no_signal"] < 1

@@ -136,9 +136,17 @@ def test_presets_follow_the_formulas(name, change):
 
 
 def test_equal_traces_have_no_spread_to_weigh_tokens_by():
-    for num_traces in range(2, 20):
-        (reward_G,), _ = aggregate([[torch.tensor([-0.1, -1.7])] * num_traces], [torch.tensor([-1.0, -2.0])], "r3")
-        assert reward_G.tolist() == [0.0] * num_traces
+    for num_traces in range(1, 20):
+        rewards, weights = aggregate([[torch.tensor([-0.7])] * num_traces], [torch.tensor([-0.1])], "r3")
+        assert rewards[0].tolist() == [0.0] * num_traces
+        assert not torch.cat(weights[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("clip", "expected"), [("none", [-1.0, 0.5, 1.0, 3.0]), ("zero", [0, 0, 0.5, 2.5]), ("unit", [0, 0, 0.5, 1])]
+)
+def test_clips(clip, expected):
+    assert ops.clip_reward(torch.tensor([-1.0, 0.5, 1.0, 3.0]), torch.tensor(0.5), clip).tolist() == expected
 
 
 @pytest.mark.parametrize("values", [[0.1] * 7, [-3.3] * 2, [1e-30] * 8, [5.0], [123456.7] * 9], ids=len)
