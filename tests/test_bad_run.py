@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 
@@ -180,7 +181,7 @@ def test_weights_that_break_in_mid_run(refused, tmp_path, monkeypatch):
         return step(run, progress)
 
     monkeypatch.setattr(loop, "step", poisoned)
-    assert refused().startswith("step 3: the model gives NaN for a reference answer")
+    assert re.match(r"step 3: .*, row \d+: a log-probability of its answer is NaN", refused())
     run = tmp_path / "run"
     assert checkpoint.newest(run) == run / "checkpoint-2"
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2]

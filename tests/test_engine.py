@@ -10,7 +10,7 @@ from nrt_fast.optim import AdamW
 from nrt_fast.pack import loss_tokens, pack
 from nrt_fast.score import baseline_logprobs
 from nrt_fast.train_step import train_step
-from nrt_fast.types import ANSWER, TRACE, Example
+from nrt_fast.types import ANSWER, TRACE, Example, UserError
 
 TOLERANCE = 2e-5
 VOCABULARY, DELIMITER, EOS = 16, 3, (4, 5)  # so small that random models end traces in every way
@@ -256,5 +256,5 @@ def test_a_model_that_overflows_is_named(make_module):
     module = make_module()
     module.lm_head.weight.data[5] = float("inf")
     engine = Engine(Model.from_hf(module), delimiter_id=DELIMITER, eos_id=EOS)
-    with pytest.raises(Exception, match="NaN for a reference answer"):
+    with pytest.raises(UserError, match="prompt 0: the model gives NaN for its answer"):
         engine.score([[1, 2]], [[[3]]], [[4]])

@@ -13,7 +13,7 @@ from nrt_fast.evaluate import greedy_answers
 from nrt_fast.model import Model
 from nrt_fast.rollout import LiveRollout, Sampling, rollout
 from nrt_fast.score import score
-from nrt_fast.types import Scores, Traces
+from nrt_fast.types import Scores, Traces, UserError
 
 MAX_CACHE_BYTES = 2 << 30
 
@@ -94,6 +94,7 @@ class Engine:
 
         Raises:
             ValueError: lists of different lengths, an empty prompt or answer, or a sequence over the model's context.
+            UserError: a log-probability is NaN; names the prompt.
         """
         if not len(prompts) == len(traces) == len(answers):
             raise ValueError(f"{len(prompts)} prompts, {len(traces)} groups of traces, {len(answers)} answers")
@@ -110,6 +111,9 @@ class Engine:
             pending = [group + [[]] * (num_rows + 1 - len(group)) for group in traces[wave]]
             parts.append(score(self.model, cache, pending, answers[wave], self.delimiter_id))
         scores = _join_scores(parts)
+        for index, log_b in enumerate(scores.baseline_logprobs):
+            if any(torch.isnan(row).any() for row in (*scores.logprobs[index], log_b)):
+                raise UserError(f"prompt {index}: the model gives NaN for its answer; weights or activations overflow")
         rows = [group[: len(given)] for group, given in zip(scores.logprobs, traces, strict=True)]
         return Scores(rows, scores.baseline_logprobs)
 
