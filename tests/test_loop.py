@@ -140,6 +140,16 @@ def test_dry_run_writes_nothing(tiny_run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_hard_tokens_of_plain_data_are_the_least_likely(tiny_run, tmp_path):
+    """Without hard_spans in the data, a tenth of the answer tokens is hard: where log b is lowest."""
+    path = tmp_path / "plain.jsonl"
+    rows = [{"question": f"take {n} plus 1 ?", "answer": f"the answer to this question is {n + 1} ."} for n in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(tiny_run(tmp_path / "run", dataset_name=str(path), max_steps=1))
+    (row,) = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert row["nrt/hard_token_gain"] not in (0, row["nrt/gain"])
+
+
 def test_nothing_held_out(tiny_run, tmp_path):
     summary = train(tiny_run(tmp_path / "run", num_eval_prompts=0, eval_steps=1))
     assert summary["before"] == summary["after"] == {}

@@ -99,15 +99,20 @@ def test_loss_is_the_sum_of_its_terms(default):
         assert row["loss"] == pytest.approx(sum(value for name, value in row.items() if name.startswith("loss/")))
 
 
-def test_minibatches_are_optimiser_steps_with_a_real_ratio(train, default):
-    folder, rows = train(std_floor=0.0, reward_clip="none", prompts_per_minibatch=1, epsilon=0.01, epsilon_high=0.01)
-    state = load_file(folder / "checkpoint-3" / "optimizer.safetensors")
-    assert state["num_steps"].item() == 6
-    assert default[0]["clip_ratio/region_mean"] == 0, "one optimiser step for each rollout: the ratio is 1"
-    assert max(row["clip_ratio/region_mean"] for row in rows) > 0
-    for row in rows:
-        assert row["clip_ratio/low_min"] <= row["clip_ratio/low_mean"] <= 1
-        assert row["clip_ratio/high_mean"] <= row["clip_ratio/high_max"] <= 1
+def test_minibatches_are_optimiser_steps_with_a_real_ratio(train):
+    """One optimiser step for each rollout has the ratio 1 whatever its range; of several, the later ones have not."""
+    every_group = {"std_floor": 0.0, "reward_clip": "none"}
+    narrow = {"epsilon": 0.001, "epsilon_high": 0.001}
+    whole, whole_narrow = train(**every_group)[1], train(**every_group, **narrow)[1]
+    _, parts = train(**every_group, prompts_per_minibatch=1)
+    folder, parts_narrow = train(**every_group, **narrow, prompts_per_minibatch=1)
+    assert load_file(folder / "checkpoint-3/optimizer.safetensors")["num_steps"].item() == 6
+    assert whole == whole_narrow
+    assert whole[0]["clip_ratio/region_mean"] == 0 < parts_narrow[0]["clip_ratio/region_mean"] <= 1
+    assert parts[0]["loss/trace"] != parts_narrow[0]["loss/trace"]
+    for row in parts_narrow:
+        assert row["clip_ratio/low_min"] <= row["clip_ratio/low_mean"]
+        assert row["clip_ratio/high_mean"] <= row["clip_ratio/high_max"]
         assert row["nrt/dlogp_max"] < 2e-5, "sampler and trainer are compared before the first of them"
 
 

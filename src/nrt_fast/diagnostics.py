@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nrt_fast.config import Objective
+from nrt_fast.evaluate import hard_positions
 from nrt_fast.rewards import Rewards
 from nrt_fast.train_step import TrainStats
 from nrt_fast.types import ANSWER, TRACE, Example, LossTokens, Scores, Traces
@@ -35,7 +36,7 @@ def rollout_metrics(
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": 1.0 - _mean(ends),
         "nrt/gain": float(torch.cat(gains).mean()),
-        "nrt/hard_token_gain": _hard_gain(examples, gains, len(gains) // len(examples)),
+        "nrt/hard_token_gain": _hard_gain(examples, gains, scores.baseline_logprobs),
         "nrt/answer_logp": float(torch.cat([row for group in scores.logprobs for row in group]).mean()),
         "nrt/logp_no_trace": float(torch.cat(scores.baseline_logprobs).mean()),
         "nrt/frac_no_signal": 1.0 - _mean(rewards.signal),
@@ -108,15 +109,10 @@ def overlap(trace_ids: list[int], answer_ids: list[int], n: int = OVERLAP_NGRAM)
     return _mean([gram in said for gram in grams]) if n else 0.0
 
 
-def _hard_gain(examples: list[Example], gains: list[Tensor], num_traces: int) -> float:
-    """Mean gain over the tokens that the data declares hard; NaN-free: 0 where it declares none."""
-    rows = [
-        gains[index * num_traces + g][list(example.hard_positions)]
-        for index, example in enumerate(examples)
-        if example.hard_positions
-        for g in range(num_traces)
-    ]
-    return _tensor_mean(torch.cat(rows)) if rows else 0.0
+def _hard_gain(examples: list[Example], gains: list[Tensor], baseline_logprobs: list[Tensor]) -> float:
+    num_traces = len(gains) // len(examples)
+    hard = hard_positions(examples, baseline_logprobs)
+    return _tensor_mean(torch.cat([row[hard[index // num_traces]] for index, row in enumerate(gains)]))
 
 
 def _tensor_mean(values: Tensor) -> float:

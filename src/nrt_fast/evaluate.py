@@ -78,10 +78,8 @@ def _until(ids: list[int], eos_id: int) -> list[int]:
 def summarise(examples: list[Example], traces: Traces, scores: Scores, answers: list[list[list[int]]]) -> HeldOut:
     """Reduce one evaluation to its means. Without traces (sft) the empty trace stands for them."""
     gains, hard_gains, hard_logps = [], [], []
-    declared = all(example.hard_positions is not None for example in examples)
-    threshold = None if declared else torch.cat(scores.baseline_logprobs).quantile(HARD_SHARE)
-    for example, group, log_b in zip(examples, scores.logprobs, scores.baseline_logprobs, strict=True):
-        hard_A = _hard_positions(example, log_b, threshold)
+    hard = hard_positions(examples, scores.baseline_logprobs)
+    for hard_A, group, log_b in zip(hard, scores.logprobs, scores.baseline_logprobs, strict=True):
         for log_c in group or [log_b]:
             gains.append(log_c - log_b)
             hard_gains.append((log_c - log_b)[hard_A])
@@ -103,10 +101,12 @@ def summarise(examples: list[Example], traces: Traces, scores: Scores, answers: 
     )
 
 
-def _hard_positions(example: Example, log_b: Tensor, threshold: Tensor | None) -> Tensor:
-    if threshold is None:
-        return torch.tensor(example.hard_positions, dtype=torch.int64)
-    return (log_b <= threshold).nonzero().squeeze(1)
+def hard_positions(examples: list[Example], baseline_logprobs: list[Tensor]) -> list[Tensor]:
+    """Positions of each answer's hard tokens: those that the data declares, else the top tenth of all by -log b."""
+    if all(example.hard_positions is not None for example in examples):
+        return [torch.tensor(example.hard_positions, dtype=torch.int64) for example in examples]
+    threshold = torch.cat(baseline_logprobs).quantile(HARD_SHARE)
+    return [(log_b <= threshold).nonzero().squeeze(1) for log_b in baseline_logprobs]
 
 
 def _mean(values: list) -> float:

@@ -33,7 +33,7 @@ class Scale:
 SCALES = {
     "cuda": Scale(4096, 2048, 2048, 256, 32768, 2e-6, 0.1, None, 512, 20, 50),
     "cpu": Scale(256, 128, 128, 16, 8192, 2e-6, 0.1, None, 64, 20, 50),
-    "starter": Scale(64, 48, 16, 16, 8192, 3e-4, 10, 200, 1024, 25, 50),
+    "starter": Scale(64, 40, 16, 16, 8192, 3e-4, 15, 150, 1024, 10, 50),
 }
 NUM_PROGRESS = 128  # held-out items measured every eval_steps; before and after use them all
 
