@@ -4,10 +4,12 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
+# Threads that spin while they wait starve each other on a machine that has anything else to do.
+export OMP_WAIT_POLICY = PASSIVE
 # Bytecode is made where it is first used: making all of torch's at the install would take most of its time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help demo test bench starter lint core-test clean
+.PHONY: help demo test bench starter picture lint core-test clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -23,6 +25,9 @@ bench: $(VENV)/installed-bench  ## Time our ops beside their peers
 
 starter: $(VENV)/installed  ## Make the starter model again from its recipe
 	$(BIN)/python -m nrt_fast.starter.recipe --output_dir src/nrt_fast/starter/model
+
+picture: $(VENV)/installed-docs  ## Draw docs/demo.svg from the run in runs/demo
+	$(BIN)/python docs/plot_run.py runs/demo docs/demo.svg
 
 lint: $(VENV)/installed-test  ## Check style
 	$(BIN)/ruff check .

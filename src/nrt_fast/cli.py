@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -81,6 +82,9 @@ def train(argv: list[str]) -> None:
         print(_train_help(), end="")
         return
     config, dry_run = parse_train(argv)
+    # OpenMP reads it when torch is loaded. Threads that spin while they wait starve each other as soon as the machine
+    # has anything else to do: a step of the demo took seven times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from nrt_fast import loop
 
     (loop.dry_run if dry_run else loop.train)(config)
