@@ -13,12 +13,13 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, so it comes before any import of one
+torch.set_num_threads(1)  # tensors are tiny here: a second thread would wait, or on a busy machine be waited for
+os.environ["OMP_NUM_THREADS"] = "1"  # the same in processes that tests start
 SHARED_DATA = Path(__file__).parents[2] / "shared/data"
 TINY = {
     "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False,
 }  # fmt: skip
-
 TINY_RUN = {
     "max_prompt_length": 64, "max_trace_length": 12, "max_answer_length": 16, "num_eval_prompts": 2, "max_steps": 3,
     "prompts_per_step": 2, "num_generations": 3, "learning_rate": 1e-3, "warmup_steps": 0, "save_steps": 1,
