@@ -4,8 +4,6 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-# Threads that spin while they wait starve each other on a machine that has anything else to do.
-export OMP_WAIT_POLICY = PASSIVE
 # Bytecode is made where it is first used: making all of torch's at the install would take most of its time.
 export PYTHONDONTWRITEBYTECODE =
 

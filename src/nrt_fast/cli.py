@@ -82,9 +82,9 @@ def train(argv: list[str]) -> None:
         print(_train_help(), end="")
         return
     config, dry_run = parse_train(argv)
-    # OpenMP reads it when torch is loaded. Threads that spin while they wait starve each other as soon as the machine
-    # has anything else to do: a step of the demo took seven times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP reads it when torch is loaded. Threads that spin for long while they wait starve each other as soon as the
+    # machine has anything else to do: a step of the demo took ten times as long (docs/LOG.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from nrt_fast import loop
 
     (loop.dry_run if dry_run else loop.train)(config)
