@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/nrt_fast"
 KERNELS = ROOT / "triton_kernels"
 ROOMS = (  # an import goes to a lower rank only; rooms of one rank never import one another
-    {"types", "reference", "metrics"},
+    {"types", "reference", "metrics", "signals"},
     {"config_checks", "ops", "triton_kernels", "starter"},
     {"config", "kv_cache", "optim"},
     {"data", "model", "resolve", "trackers"},

@@ -100,6 +100,20 @@ def over_minibatches(rows: list[dict[str, float]]) -> dict[str, float]:
     return merged | {name: value for name, value in rows[0].items() if name.startswith("nrt/dlogp")}
 
 
+def count_tokens(examples: list[Example], traces: Traces, num_generations: int) -> dict[str, int]:
+    """Tokens through the model by phase: sampled; scored, the empty trace included; trained, the prompt once."""
+    trace_ids = [ids for group in traces.trace_ids for ids in group]
+    num_delimiters = sum(end is not None for group in traces.delimiter_logprobs for end in group)
+    num_trace_tokens = sum(map(len, trace_ids))
+    num_answer_tokens = sum(len(example.answer_ids) for example in examples)
+    num_prompt_tokens = sum(len(example.prompt_ids) for example in examples)
+    return {
+        "rollout": num_trace_tokens + num_delimiters,
+        "score": (num_generations + 1) * num_answer_tokens,
+        "train": num_prompt_tokens + num_trace_tokens + len(trace_ids) // len(examples) * num_answer_tokens,
+    }
+
+
 def overlap(trace_ids: list[int], answer_ids: list[int], n: int = OVERLAP_NGRAM) -> float:
     """Share of the answer's n-grams that the trace holds: how much of it was copied, or said before."""
     answer_ids = answer_ids[:-1]  # EOS

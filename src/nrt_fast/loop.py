@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +17,7 @@ import nrt_fast
 from nrt_fast import checkpoint
 from nrt_fast.completions import write_completions
 from nrt_fast.config import TrainConfig
-from nrt_fast.diagnostics import over_minibatches, rollout_metrics, train_metrics
+from nrt_fast.diagnostics import count_tokens, over_minibatches, rollout_metrics, train_metrics
 from nrt_fast.engine import Thoughts, noise_floor
 from nrt_fast.evaluate import summarise
 from nrt_fast.metrics import MetricsFile, Timer, replace_file
@@ -31,6 +28,7 @@ from nrt_fast.resolve import NUM_PROGRESS
 from nrt_fast.rewards import Rewards, aggregate, reward
 from nrt_fast.run import Run, prepare
 from nrt_fast.score import baseline_logprobs
+from nrt_fast.signals import stop_requested
 from nrt_fast.train_step import train_step
 from nrt_fast.types import Example, Scores, Traces, UserError
 
@@ -42,8 +40,9 @@ class Progress:
     """What changes from step to step, and goes into a checkpoint's state.
 
     Attributes:
-        step: optimiser has done this many rollouts' worth of steps.
+        step: rollouts learnt from so far.
         num_tokens: trained so far.
+        train_seconds: wall time of all steps, their evaluations included.
         seconds, tokens: by phase, over the whole run.
         before: held-out means at the start.
         samples: a few held-out traces at the start.
@@ -51,6 +50,7 @@ class Progress:
 
     step: int = 0
     num_tokens: int = 0
+    train_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return summary
     with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
         metrics = MetricsFile(output_dir / "metrics.jsonl", progress.step)
-    with Report(run.config) as report, _stop_requested() as stop:
+    with Report(run.config) as report, stop_requested() as stop:
         report.start(run, progress.step)
         if progress.step == 0:
             progress.before, samples = evaluate(run)
@@ -91,6 +91,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         while progress.step < num_steps and not stopping:
             progress.step += 1
             row = _told_with_step(run, progress)
+            progress.train_seconds += row["step_time"]
             with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
                 metrics.write(row)
             report.step(row)
@@ -138,7 +139,7 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
             progress.step, config.max_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_steps
         )
         row |= learn(run, examples, thoughts.traces, scores, rewards, lr)
-    seconds, tokens = timer.take(), _count_tokens(examples, thoughts.traces)
+    seconds, tokens = timer.take(), count_tokens(examples, thoughts.traces, config.num_generations)
     progress.count(seconds, tokens)
     progress.num_tokens += tokens["train"]
     if config.eval_steps and progress.step % config.eval_steps == 0:
@@ -260,24 +261,6 @@ def _measure_noise(run: Run) -> float:
     return noise_floor(run.engine, [e.prompt_ids for e in examples], [e.answer_ids for e in examples], own_reward)
 
 
-def _count_tokens(examples: list[Example], traces: Traces) -> dict[str, int]:
-    """Tokens through the model by phase: sampled; scored (with the empty trace); trained (the prompt once)."""
-    num_rows = len(traces.trace_ids[0])
-    sampled = sum(
-        len(ids) + (end is not None)
-        for group, ends in zip(traces.trace_ids, traces.delimiter_logprobs, strict=True)
-        for ids, end in zip(group, ends, strict=True)
-    )
-    answers = sum(len(example.answer_ids) for example in examples)
-    trace_tokens = sum(len(ids) for group in traces.trace_ids for ids in group)
-    prompts = sum(len(example.prompt_ids) for example in examples)
-    return {
-        "rollout": sampled,
-        "score": (num_rows + 1) * answers,
-        "train": prompts + trace_tokens + num_rows * answers,
-    }
-
-
 def _save(run: Run, progress: Progress) -> None:
     state = {"progress": asdict(progress), "order": run.order.state_dict(), "noise": run.noise}
     checkpoint.save(
@@ -300,7 +283,7 @@ def _finish(run: Run, progress: Progress, after: dict[str, float]) -> dict[str, 
         "before": progress.before,
         "after": after,
         "steps": progress.step,
-        "train_seconds": sum(progress.seconds.values()),
+        "train_seconds": progress.train_seconds,
         "tokens_per_second": {
             phase: tokens / progress.seconds[phase]
             for phase, tokens in progress.tokens.items()
@@ -317,20 +300,3 @@ def _finish(run: Run, progress: Progress, after: dict[str, float]) -> dict[str, 
     with checkpoint.told_when_full(run.output_dir / "summary.json"):
         replace_file(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-@contextmanager
-def _stop_requested() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM comes; a second one ends the process at once."""
-    received: list[int] = []
-
-    def on_signal(number: int, frame) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
