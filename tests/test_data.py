@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -18,7 +17,6 @@ from nrt_fast.data.render import plain_prompt
 from nrt_fast.starter import MODEL_DIR
 from nrt_fast.types import UserError
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 WIDE = data.Limits(max_prompt_length=100, max_answer_length=100)
 QA = [{"question": "one two", "answer": "three"}, {"question": 'zwei, "drei"\nvier', "answer": "fünf 五"}]
 CHAT = "{% for m in messages %}<bos> {{ m['role'] }} {{ m['content'] }} {% endfor %}{{ mode or 'think' }}"
@@ -426,15 +424,9 @@ def test_a_prompt_that_closes_the_thinking_is_pointed_out():
 # Real data
 
 
-def shared(path):
-    if not (SHARED / path).exists():
-        pytest.skip(f"{path} of the shared data is not here")
-    return str(SHARED / path)
-
-
-def test_real_data_sets():
-    names = [shared("train/gsm8k_train.jsonl.gz"), shared("train/dolly.jsonl.gz")]
-    tokenizer = data.load_tokenizer(shared("checkpoints/stories260K/hf"))
+def test_real_data_sets(shared_data):
+    names = [str(shared_data / "train" / name) for name in ("gsm8k_train.jsonl.gz", "dolly.jsonl.gz")]
+    tokenizer = data.load_tokenizer(str(shared_data / "checkpoints/stories260K/hf"))
     data.check_vocabulary(tokenizer, 512)
     assert data.choose_delimiter(tokenizer) == data.Delimiter(512, "</think>", added=True)
     loaded = data.load_data(TrainConfig(dataset_name=names), tokenizer, data.Limits(256, 256), 64)
@@ -451,7 +443,7 @@ def test_real_data_sets():
     assert tokenizer.decode(first.answer_ids) == "72</s>"
 
 
-def test_real_chat_template():
-    tokenizer = data.load_tokenizer(shared("tokenizers/smollm2_135m"))
+def test_real_chat_template(shared_data):
+    tokenizer = data.load_tokenizer(str(shared_data / "tokenizers/smollm2_135m"))
     (ids,) = data.encode_prompts([USER], tokenizer)
     assert tokenizer.decode(ids).endswith("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n")
