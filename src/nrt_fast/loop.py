@@ -84,6 +84,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with Report(run.config) as report, stop_requested() as stop:
         report.start(run, progress.step)
         if progress.step == 0:
+            report.say(f"measuring {len(run.data.heldout):,} held-out items before training")
             progress.before, samples = evaluate(run)
             progress.samples = [asdict(sample) for sample in samples]
             run.noise = _measure_noise(run)
@@ -101,6 +102,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if progress.step < num_steps:
             report.stopped(progress.step)
             return {"steps": progress.step}
+        report.say("measuring them again")
         after, samples = evaluate(run)
         summary = _finish(run, progress, after)
         report.finish(summary, [Sample(**sample) for sample in progress.samples], samples)

@@ -84,10 +84,10 @@ class Report:
             f"run: {config.max_steps} steps over {len(run.data.train):,} rows, {len(run.data.heldout):,} held out, "
             f"learning rate {config.learning_rate:g}, output in {config.output_dir}",
         ):
-            self._say(line)
+            self.say(line)
         if step:
-            self._say(f"resumed: going on after step {step}")
-        self._say(show_example(run.data.train[0], run.tokenizer, run.delimiter, config.max_trace_length))
+            self.say(f"resumed: going on after step {step}")
+        self.say(show_example(run.data.train[0], run.tokenizer, run.delimiter, config.max_trace_length))
 
     def step(self, row: dict[str, Any]) -> None:
         """Show one step every ``logging_steps`` and hand it to the trackers."""
@@ -104,9 +104,10 @@ class Report:
             self.live.start()
             self.live.update(self._panel(), refresh=True)
         else:
-            self._say(self._line(row))
+            self.say(self._line(row))
 
-    def _say(self, text: str | Text) -> None:
+    def say(self, text: str | Text) -> None:
+        """Print one line of text."""
         # Text of data and models is shown as it is: no markup, no breaks that were not there.
         self.console.print(text, markup=False, soft_wrap=True)
 
@@ -126,7 +127,7 @@ class Report:
     def stopped(self, step: int) -> None:
         """Say that the run was stopped and saved."""
         self.live.stop()
-        self._say(f"stopped after step {step}, saved; the same command goes on from there")
+        self.say(f"stopped after step {step}, saved; the same command goes on from there")
 
     def finish(self, summary: dict[str, Any], before: list[Sample], after: list[Sample]) -> None:
         """The before/after table, and the same held-out items before and after."""
@@ -134,10 +135,10 @@ class Report:
         if summary["after"]:
             self.console.print(_summary_table(summary))
         for old, new in zip(before, after, strict=True):
-            self._say(Text.assemble("\n", (old.question, "bold"), f"   (reference: {old.reference})"))
+            self.say(Text.assemble("\n", (old.question, "bold"), f"   (reference: {old.reference})"))
             for label, sample in (("before", old), ("after", new)):
-                self._say(Text.assemble(f"  {label:>6}: {sample.trace} ", ("|", "magenta"), f" {sample.answer}"))
-        self._say(
+                self.say(Text.assemble(f"  {label:>6}: {sample.trace} ", ("|", "magenta"), f" {sample.answer}"))
+        self.say(
             f"\n{summary['steps']} steps, {summary['train_seconds']:.0f} s of training; model in "
             f"{self.config.output_dir}/final, figures in {self.config.output_dir}/summary.json"
         )
