@@ -72,7 +72,7 @@ BROKEN_MODELS = {
         "{}/config.json: model type 'gpt2' is not supported; valid: llama, mistral, qwen2, qwen3",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), "{} has no config.json"),
-    "config that is not JSON": (lambda folder: truncate(folder / "config.json"), "is not a valid JSON file"),
+    "config that is not JSON": (lambda folder: truncate(folder / "config.json"), "{}/config.json is not valid JSON: "),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "{} has neither model.safetensors nor"),
     "truncated weights": (
         lambda folder: truncate(folder / "model.safetensors"),

@@ -144,8 +144,8 @@ def prepare(config: TrainConfig) -> Run:
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     source = MODEL_DIR if config.model_name_or_path is None else model_folder(config.model_name_or_path)
-    tokenizer = load_tokenizer(str(source))
     model = Model.from_pretrained(source, dtype, device)
+    tokenizer = load_tokenizer(str(source))
     check_vocabulary(tokenizer, model.config.vocab_size)
     delimiter = choose_delimiter(tokenizer, config.delimiter)
     if delimiter.id >= model.config.vocab_size:
