@@ -9,11 +9,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from nrt_fast.metrics import read_metrics
+
 INK, BLUE, ORANGE = "#333333", "#2b6cb0", "#c05621"
 
 
 def main(run: Path, target: Path) -> None:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(run / "metrics.jsonl")
     summary = json.loads((run / "summary.json").read_text())
     measured = [row for row in rows if "eval/hard_token_gain" in row]
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",

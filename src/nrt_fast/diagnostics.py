@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nrt_fast.config import Objective
 from nrt_fast.evaluate import hard_positions
+from nrt_fast.metrics import mean
 from nrt_fast.rewards import Rewards
 from nrt_fast.train_step import TrainStats
 from nrt_fast.types import ANSWER, TRACE, Example, LossTokens, Scores, Traces
@@ -34,15 +35,15 @@ def rollout_metrics(
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": 1.0 - _mean(ends),
+        "completions/clipped_ratio": 1.0 - mean(ends),
         "nrt/gain": float(torch.cat(gains).mean()),
         "nrt/hard_token_gain": _hard_gain(examples, gains, scores.baseline_logprobs),
         "nrt/answer_logp": float(torch.cat([row for group in scores.logprobs for row in group]).mean()),
         "nrt/logp_no_trace": float(torch.cat(scores.baseline_logprobs).mean()),
-        "nrt/frac_no_signal": 1.0 - _mean(rewards.signal),
+        "nrt/frac_no_signal": 1.0 - mean(rewards.signal),
         "nrt/frac_clipped": float((shaped == 0).float().mean()) if objective.reward_clip != "none" else 0.0,
-        "nrt/delimiter_rate": _mean(ends),
-        "nrt/answer_overlap": _mean(
+        "nrt/delimiter_rate": mean(ends),
+        "nrt/answer_overlap": mean(
             [overlap(ids, e.answer_ids) for e, group in zip(examples, traces.trace_ids, strict=True) for ids in group]
         ),
     }
@@ -120,7 +121,7 @@ def overlap(trace_ids: list[int], answer_ids: list[int], n: int = OVERLAP_NGRAM)
     n = min(n, len(answer_ids))
     said = {tuple(trace_ids[i : i + n]) for i in range(len(trace_ids) - n + 1)}
     grams = [tuple(answer_ids[i : i + n]) for i in range(len(answer_ids) - n + 1)]
-    return _mean([gram in said for gram in grams]) if n else 0.0
+    return mean([gram in said for gram in grams]) if n else 0.0
 
 
 def _hard_gain(examples: list[Example], gains: list[Tensor], baseline_logprobs: list[Tensor]) -> float:
@@ -135,7 +136,3 @@ def _tensor_mean(values: Tensor) -> float:
 
 def _tensor_max(values: Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
-
-
-def _mean(values: list) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nrt_fast import ops
 from nrt_fast.kv_cache import KVCache
+from nrt_fast.metrics import mean
 from nrt_fast.model import Model
 from nrt_fast.types import Example, Scores, Traces
 
@@ -51,10 +52,7 @@ def greedy_answers(
     The answers' keys and values stay in the cache.
     """
     device = model.embed.device
-    inputs = [[ids + [delimiter_id] for ids in group] for group in pending]
-    num_new_PG = torch.tensor([[len(row) for row in group] for group in inputs])
-    tokens_T = torch.tensor([token for group in inputs for row in group for token in row], device=device)
-    hidden_TD = model.extend(tokens_T, num_new_PG, cache.own, cache.prompt)
+    hidden_TD, num_new_PG = model.extend_rows([[ids + [delimiter_id] for ids in group] for group in pending], cache)
     cache.own.advance(num_new_PG.to(device))
     hidden_ND = hidden_TD[(num_new_PG.flatten().cumsum(0) - 1).to(device)]
     one_PG, answers = torch.ones_like(num_new_PG), []
@@ -89,14 +87,14 @@ def summarise(examples: list[Example], traces: Traces, scores: Scores, answers: 
     ends = [end for group in traces.delimiter_logprobs for end in group]
     sampled = [logp for group in traces.logprobs for row in group for logp in row]
     return HeldOut(
-        accuracy=_mean([row == e.answer_ids for e, group in pairs for row in group[:-1] or group]),
-        accuracy_no_trace=_mean([group[-1] == e.answer_ids for e, group in pairs]),
-        gain=_mean(torch.cat(gains).tolist()),
-        hard_token_gain=_mean(torch.cat(hard_gains).tolist()),
-        hard_token_logp=_mean(torch.cat(hard_logps).tolist()),
-        trace_length=_mean(lengths),
-        entropy=-_mean([*sampled, *(end for end in ends if end is not None)]),
-        delimiter_rate=_mean([end is not None for end in ends]),
+        accuracy=mean([row == e.answer_ids for e, group in pairs for row in group[:-1] or group]),
+        accuracy_no_trace=mean([group[-1] == e.answer_ids for e, group in pairs]),
+        gain=mean(torch.cat(gains).tolist()),
+        hard_token_gain=mean(torch.cat(hard_gains).tolist()),
+        hard_token_logp=mean(torch.cat(hard_logps).tolist()),
+        trace_length=mean(lengths),
+        entropy=-mean([*sampled, *(end for end in ends if end is not None)]),
+        delimiter_rate=mean([end is not None for end in ends]),
         num_items=len(examples),
     )
 
@@ -107,7 +105,3 @@ def hard_positions(examples: list[Example], baseline_logprobs: list[Tensor]) -> 
         return [torch.tensor(example.hard_positions, dtype=torch.int64) for example in examples]
     threshold = torch.cat(baseline_logprobs).quantile(HARD_SHARE)
     return [(log_b <= threshold).nonzero().squeeze(1) for log_b in baseline_logprobs]
-
-
-def _mean(values: list) -> float:
-    return sum(values) / len(values) if values else 0.0

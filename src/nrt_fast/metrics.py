@@ -82,6 +82,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def mean(values: list) -> float:
+    """Arithmetic mean; 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
 def read_metrics(path: Path) -> list[dict]:
     """Every complete line of a metrics file, in order."""
     return [json.loads(line) for line in _complete_lines(path)]

@@ -30,9 +30,7 @@ def score(
         [ids + [delimiter_id] + answer[:-1] for ids in group] for group, answer in zip(pending, answers, strict=True)
     ]
     device = model.embed.device
-    num_new_PG = torch.tensor([[len(row) for row in group] for group in inputs])
-    tokens_T = torch.tensor([token for group in inputs for row in group for token in row], device=device)
-    hidden_TD = model.extend(tokens_T, num_new_PG, cache.own, cache.prompt)
+    hidden_TD, num_new_PG = model.extend_rows(inputs, cache)
     num_answer_PG = torch.tensor([[len(answer)] for answer in answers]).expand_as(num_new_PG)
     logprob_A = ops.linear_logprob(
         hidden_TD[_last_of_rows(num_new_PG.flatten(), num_answer_PG.flatten()).to(device)],

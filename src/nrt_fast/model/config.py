@@ -9,7 +9,12 @@ from torch import Tensor
 
 from nrt_fast.types import UserError
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -45,8 +50,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf) -> ModelConfig:
         """Read a ``transformers`` config; UserError where it asks for something this decoder does not do."""
-        if hf.model_type not in MODEL_TYPES:
-            raise UserError(f"model type {hf.model_type!r} is not supported; valid: {', '.join(MODEL_TYPES)}")
+        check_model_type(hf.model_type)
         if hf.hidden_act != "silu":
             raise UserError(f"activation {hf.hidden_act!r} is not supported; valid: silu")
         head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
@@ -76,6 +80,12 @@ class ModelConfig:
     def grown(self, num_tokens: int) -> ModelConfig:
         """The same decoder with more vocabulary rows."""
         return replace(self, vocab_size=self.vocab_size + num_tokens)
+
+
+def check_model_type(model_type: str, where: str = "") -> None:
+    """UserError, led by ``where``, unless this decoder knows the model type."""
+    if model_type not in ARCHITECTURES:
+        raise UserError(f"{where}model type {model_type!r} is not supported; valid: {', '.join(ARCHITECTURES)}")
 
 
 def _windows(hf) -> tuple[int | None, ...]:

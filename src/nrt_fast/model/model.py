@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nrt_fast import ops
 from nrt_fast.kv_cache import KVCache, Segment
-from nrt_fast.model.config import ModelConfig
+from nrt_fast.model.config import ARCHITECTURES, ModelConfig, check_model_type
 from nrt_fast.model.decoder import Decoder
 from nrt_fast.model.weights import EMBED, HEAD, OwnedWeights, SharedWeights, load_tensors
 from nrt_fast.types import UserError
@@ -110,6 +110,17 @@ class Model(Decoder):
         last_P = (lens_P1.flatten().cumsum(0) - 1).to(device)
         return KVCache(prompt, self._segment((len(prompts), num_rows), own_slots)), hidden_TD[last_P]
 
+    def extend_rows(self, inputs: list[list[list[int]]], cache: KVCache) -> tuple[Tensor, Tensor]:
+        """Extend every row of a prefilled cache by ids of its own, [P][rows]; see ``extend``.
+
+        Returns:
+            ([T, D] final hidden states, row after row; [P, rows] int64 on the CPU, how many each row has).
+        """
+        num_new_PG = torch.tensor([[len(row) for row in group] for group in inputs])
+        tokens = [token for group in inputs for row in group for token in row]
+        tokens_T = torch.tensor(tokens, device=self.embed.device)
+        return self.extend(tokens_T, num_new_PG, cache.own, cache.prompt), num_new_PG
+
     def _segment(self, rows: tuple[int, int], slots: int) -> Segment:
         shape = self.config
         return Segment.allocate(shape.num_layers, rows, shape.num_kv_heads, slots, shape.head_dim, self.embed.detach())
@@ -122,7 +133,7 @@ class Model(Decoder):
         folder.mkdir(parents=True, exist_ok=True)
         if self.source is not None and self.source != folder:
             _copy_generation_config(self.source, folder)
-        self.hf_config.architectures = [_ARCHITECTURES[self.config.model_type]]
+        self.hf_config.architectures = [ARCHITECTURES[self.config.model_type]]
         self.hf_config.dtype = self.embed.dtype  # transformers loads in the dtype that is written here
         self.hf_config.save_pretrained(folder)
         # Views of one flat storage look like aliases of each other to the writer; copies do not.
@@ -130,14 +141,6 @@ class Model(Decoder):
         if self.config.tie_word_embeddings:
             tensors.pop(HEAD, None)
         save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
-
-
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 def model_folder(path: str | Path) -> Path:
@@ -168,8 +171,7 @@ def read_config(folder: Path):
         raise UserError(f"{folder} has no config.json; a Hugging Face model folder is needed") from None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    if model_type not in _ARCHITECTURES:
-        raise UserError(f"{path}: model type {model_type!r} is not supported; valid: {', '.join(_ARCHITECTURES)}")
+    check_model_type(model_type, f"{path}: ")
     return AutoConfig.from_pretrained(folder)
 
 
