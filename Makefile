@@ -2,15 +2,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
-SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
 
 # Bytecode is made where it is first used: making all of torch's at the install would take most of its time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help demo test bench starter picture lint core-test clean
+.PHONY: help demo test bench bench-baseline kernels gpu-suite starter picture lint core-test clean
 
 help:  ## Show the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 demo: $(VENV)/installed  ## Install, then train the starter model on the built-in tasks
 	$(BIN)/nrt-fast train
@@ -18,8 +18,23 @@ demo: $(VENV)/installed  ## Install, then train the starter model on the built-i
 test: $(VENV)/installed-test  ## Install with what the tests need, then run them
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/installed-bench  ## Time our ops beside their peers
-	$(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+bench: build/bench.json  ## Time our ops beside their peers; fails if one became slower
+	$(BIN)/python bench/gate.py build/bench.json
+
+bench-baseline: build/bench.json  ## The same, and commit to these ratios
+	$(BIN)/python bench/gate.py build/bench.json --write
+
+.PHONY: build/bench.json
+build/bench.json: $(VENV)/installed-bench
+	mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
+		--benchmark-json=$@
+
+kernels: $(VENV)/installed-test  ## Write the table of what the compiler makes of each kernel
+	$(BIN)/python tests/compile_lane.py --write
+
+gpu-suite:  ## On a GPU machine, not installed: check every op, then time it beside floor and peers
+	$(PYTHON) bench/gpu_suite.py --build --out bench/results/gpu.json
 
 starter: $(VENV)/installed  ## Make the starter model again from its recipe
 	$(BIN)/python -m nrt_fast.starter.recipe --output_dir src/nrt_fast/starter/model

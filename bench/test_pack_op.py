@@ -1,4 +1,6 @@
-"""Packing: the C++ kernels beside the reference and, for the index arrays, beside vectorised PyTorch."""
+"""Packing: the C++ kernels beside TRL's packer, vectorised PyTorch and a copy of as many bytes as they write."""
+
+import functools
 
 import pytest
 import torch
@@ -6,7 +8,6 @@ import torch
 from nrt_fast import ops
 
 needs_extension = pytest.mark.skipif(ops.missing("native") is not None, reason=str(ops.missing("native")))
-BACKENDS = ["reference", pytest.param("native", marks=needs_extension)]
 NUM_TRACES = 8
 
 
@@ -52,25 +53,70 @@ def vectorised_pack_index(entries_M3, cu_prompts, cu_traces):
     )
 
 
+def trl_packer(cost_M, budget):
+    """TRL's best-fit-decreasing packing of a table; its sequences hold nulls, so that it moves no tokens."""
+    data_utils = pytest.importorskip("trl.data_utils", reason="TRL is not installed")
+    pyarrow = pytest.importorskip("pyarrow")
+    offsets_M1 = pyarrow.array(offsets(cost_M).numpy(), pyarrow.int64())
+    table = pyarrow.table({"ids": pyarrow.LargeListArray.from_arrays(offsets_M1, pyarrow.nulls(int(cost_M.sum())))})
+    return lambda: data_utils._pack_bfd(table, budget)
+
+
+@pytest.fixture
+def costs():
+    return torch.randint(1, 8193, (10_000,), generator=torch.Generator().manual_seed(0))
+
+
+@needs_extension
 @pytest.mark.benchmark(group="pack_bins, 10,000 groups")
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_pack_bins(backend, measure):
-    cost_M = torch.randint(1, 8193, (10_000,), generator=torch.Generator().manual_seed(0))
+def test_pack_bins(costs, compare):
     with ops.use("reference"):
-        expected = ops.pack_bins(cost_M, 8192)
-    with ops.use(backend):
-        assert torch.equal(ops.pack_bins(cost_M, 8192), expected)
-        measure(ops.pack_bins, cost_M, 8192)
+        expected = ops.pack_bins(costs, 8192)
+        reference = functools.partial(ops._implementation("pack_bins", "cpu", "reference"), costs, 8192)
+    assert torch.equal(ops.pack_bins(costs, 8192), expected)
+    medians = compare({"pack_bins": lambda: ops.pack_bins(costs, 8192), "reference": reference})
+    assert medians["pack_bins"] < 10e-3
 
 
+@needs_extension
+@pytest.mark.benchmark(group="pack_bins, 10,000 groups, beside TRL")
+def test_pack_bins_beside_trl(costs, compare):
+    packer = trl_packer(costs, 8192)
+    assert abs(len(packer()) - (int(ops.pack_bins(costs, 8192).max()) + 1)) <= 1
+    medians = compare({"pack_bins": lambda: ops.pack_bins(costs, 8192), "TRL": packer}, rounds=5)
+    assert 10 * medians["pack_bins"] < medians["TRL"]
+
+
+@needs_extension
 @pytest.mark.benchmark(group="pack_index, 512 groups of 8 traces")
-@pytest.mark.parametrize("backend", [*BACKENDS, "vectorised torch"])
-def test_pack_index(backend, measure):
+def test_pack_index(compare):
     arguments = random_groups(512)
     with ops.use("reference"):
         expected = ops.pack_index(*arguments)
-    with ops.use("reference" if backend == "vectorised torch" else backend):
-        function = vectorised_pack_index if backend == "vectorised torch" else ops.pack_index
+    for function in (ops.pack_index, vectorised_pack_index):
         for ours, reference in zip(function(*arguments), expected, strict=True):
             assert torch.equal(ours, reference)
-        measure(function, *arguments)
+    results = [torch.empty_like(array) for array in expected]
+    medians = compare({
+        "pack_index": lambda: ops.pack_index(*arguments),
+        "vectorised torch": lambda: vectorised_pack_index(*arguments),
+        "copy of as many bytes": lambda: [result.copy_(array) for result, array in zip(results, expected, strict=True)],
+    })  # fmt: skip
+    assert medians["pack_index"] < 2 * medians["copy of as many bytes"]
+
+
+@needs_extension
+@pytest.mark.benchmark(group="pack_gather, 16,384 tokens")
+def test_pack_gather(device, compare):
+    generator = torch.Generator().manual_seed(0)
+    A, T, B = 2**17, 2**14, 15 * 2**10
+    fp32 = torch.rand(3, A, generator=generator)
+    ids = torch.randint(0, 128_000, (2**14 + A,), generator=generator)
+    kind = torch.randint(0, 3, (A,), generator=generator, dtype=torch.int8)
+    indices = torch.randint(0, A, (T,), generator=generator).sort().values
+    arguments = [ids[: 2**14], ids[2**14 :], *fp32, kind, kind == 0, indices, indices[:B]]
+    arguments = [array.to(device) for array in arguments]
+    reference = functools.partial(ops._implementation("pack_gather", device, "reference"), *arguments)
+    for ours, theirs in zip(ops.pack_gather(*arguments), reference(), strict=True):
+        assert torch.equal(ours, theirs)
+    compare({"pack_gather": lambda: ops.pack_gather(*arguments), "torch indexing": reference})

@@ -1,5 +1,7 @@
 #include "pack.h"
 
+#include "pack_gather.h"
+
 #include <algorithm>
 #include <limits>
 #include <numeric>
@@ -64,6 +66,16 @@ void check_entry(const PackInput& input, int64_t index) {
   }
 }
 
+// first, first + 1, ...
+#if defined(__x86_64__) && defined(__gnu_linux__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+void count_up(int64_t* out, int64_t length, int64_t first) {
+  for (int64_t i = 0; i < length; ++i) {
+    out[i] = first + i;
+  }
+}
+
 }  // namespace
 
 void pack_bins(const int64_t* cost, int64_t num_costs, int64_t budget, int64_t* bin) {
@@ -91,12 +103,15 @@ void pack_bins(const int64_t* cost, int64_t num_costs, int64_t budget, int64_t* 
   }
 }
 
-PackSize pack_size(const PackInput& input) {
+std::vector<PackSize> pack_sizes(const PackInput& input) {
   check_offsets("cu_prompts", input.cu_prompts, input.num_prompts);
   check_offsets("cu_traces", input.cu_traces, input.num_traces);
+  std::vector<PackSize> sizes;
+  sizes.reserve(input.num_entries + 1);
   PackSize size{0, 0, 0};
   for (int64_t i = 0; i < input.num_entries; ++i) {
     check_entry(input, i);
+    sizes.push_back(size);
     const auto [prompt, first, end] = entry_at(input, i);
     const int64_t num_traces = end - first;
     const int64_t num_loss_tokens = input.cu_traces[end] - input.cu_traces[first];
@@ -107,38 +122,52 @@ PackSize pack_size(const PackInput& input) {
       fail("entries_M3[" + std::to_string(i) + "]: more than 2^31 - 1 packed tokens");
     }
   }
-  return size;
+  sizes.push_back(size);
+  return sizes;
 }
 
-void pack_index(const PackInput& input, const PackOutput& output) {
+void pack_index(
+    const PackInput& input, const std::vector<PackSize>& sizes, int64_t begin, int64_t end, const PackOutput& output) {
   const int64_t num_prompt_tokens = input.cu_prompts[input.num_prompts];
-  int64_t token = 0;
-  int64_t segment = 0;
-  int64_t loss_token = 0;
+  auto [token, segment, loss_token] = sizes[begin];
 
   const auto append_segment = [&](int64_t source, int64_t position, int64_t length) {
     output.cu_seqlens[segment++] = static_cast<int32_t>(token);
-    std::iota(output.source + token, output.source + token + length, source);
-    std::iota(output.positions + token, output.positions + token + length, position);
+    count_up(output.source + token, length, source);
+    count_up(output.positions + token, length, position);
     token += length;
   };
 
-  for (int64_t i = 0; i < input.num_entries; ++i) {
-    const auto [prompt, first, end] = entry_at(input, i);
+  for (int64_t i = begin; i < end; ++i) {
+    const auto [prompt, first, last] = entry_at(input, i);
     const int64_t prompt_length = input.cu_prompts[prompt + 1] - input.cu_prompts[prompt];
     append_segment(input.cu_prompts[prompt], 0, prompt_length);
     const int64_t prompt_end = token - 1;
-    for (int64_t trace = first; trace < end; ++trace) {
+    for (int64_t trace = first; trace < last; ++trace) {
       const int64_t row = input.cu_traces[trace];
       const int64_t num_targets = input.cu_traces[trace + 1] - row;
       output.hidden[loss_token] = prompt_end;
-      std::iota(output.hidden + loss_token + 1, output.hidden + loss_token + num_targets, token);
-      std::iota(output.rows + loss_token, output.rows + loss_token + num_targets, row);
+      count_up(output.hidden + loss_token + 1, num_targets - 1, token);
+      count_up(output.rows + loss_token, num_targets, row);
       loss_token += num_targets;
       append_segment(num_prompt_tokens + row, prompt_length, num_targets - 1);
     }
   }
-  output.cu_seqlens[segment] = static_cast<int32_t>(token);
+  if (end == input.num_entries) {
+    output.cu_seqlens[segment] = static_cast<int32_t>(token);
+  }
+}
+
+void pack_gather(const GatherInput& input, const GatherOutput& output) {
+  for (int64_t element = 0; element < gather_size(input); ++element) {
+    if (!gather_element(input, output, element)) {
+      const bool token = element < input.num_tokens;
+      const int64_t index = token ? element : element - input.num_tokens;
+      const int64_t end = (token ? input.num_prompt_tokens : 0) + input.num_loss_tokens;
+      fail(at(token ? "source_T" : "rows_B", index, token ? input.source[index] : input.rows[index]) +
+           ": expected 0 <= index < " + std::to_string(end));
+    }
+  }
 }
 
 }  // namespace nrt_fast

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace nrt_fast {
 
@@ -38,11 +39,13 @@ struct PackOutput {
   int64_t* rows;        // [A] into the loss tokens
 };
 
-// Checks the input and counts what pack_index will write.
-PackSize pack_size(const PackInput& input);
+// Checks the input and counts what pack_index will write before each entry and, last, in all: [num_entries + 1].
+std::vector<PackSize> pack_sizes(const PackInput& input);
 
 // Lays out, entry after entry, the prompt and then the inputs of its traces: their loss tokens without the last one.
-// The input must have passed pack_size.
-void pack_index(const PackInput& input, const PackOutput& output);
+// Writes the part of the entries from begin to end, apart from that of all others; cu_seqlens[S] comes with the last.
+//   sizes  the input's pack_sizes
+void pack_index(
+    const PackInput& input, const std::vector<PackSize>& sizes, int64_t begin, int64_t end, const PackOutput& output);
 
 }  // namespace nrt_fast

@@ -18,6 +18,7 @@ using torch::stable::Tensor;
 inline const char* name_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Bool: return "bool";
+    case ScalarType::Char: return "int8";
     case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";

@@ -11,7 +11,6 @@ from nrt_fast import Model, ops
 from nrt_fast.config import PRESETS
 from nrt_fast.optim import AdamW
 from nrt_fast.pack import loss_tokens, pack
-from nrt_fast.reference import logprob
 from nrt_fast.train_step import train_step
 from nrt_fast.types import Example, Traces, UserError
 
@@ -347,32 +346,6 @@ def test_kl_estimate_is_unbiased_and_not_negative():
     estimate = ops.kl_estimate(policy, reference)
     assert (estimate >= 0).all()
     assert (policy.exp() * estimate).sum() == pytest.approx((policy.exp() * (policy - reference)).sum())
-
-
-def test_logprobs_in_chunks(monkeypatch):
-    """Logits of one chunk at a time: values and gradients as by autograd through fp64 logits of all."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, head = torch.randn(23, 8, generator=generator), torch.randn(40, 8, generator=generator)
-    target = torch.randint(0, 40, (23,), generator=generator)
-    inv_temperature, weight = torch.rand(2, 23, generator=generator) + 0.5
-
-    def run(function, dtype):
-        leaves = [x.to(dtype).requires_grad_() for x in (hidden, head)]
-        logprob_, entropy = function(*leaves, target, inv_temperature)
-        return logprob_, entropy, *torch.autograd.grad((weight * (logprob_ + entropy)).sum(), leaves)
-
-    def oracle(hidden, head, target, inv_temperature):
-        logprobs = ((hidden @ head.T) * inv_temperature[:, None].double()).log_softmax(dim=1)
-        return logprobs.gather(1, target[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(dim=1)
-
-    expected = run(oracle, torch.float64)
-    for chunk_bytes in (64 << 20, 4 * 40 * 5, 1):
-        monkeypatch.setattr(logprob, "CHUNK_BYTES", chunk_bytes)
-        for ours, theirs in zip(run(ops.linear_logprob_stats, torch.float32), expected):
-            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=2e-5)
-        ours = ops.linear_logprob(hidden, head, target)
-        theirs, _ = oracle(hidden.double(), head.double(), target, torch.ones(23))
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=2e-5)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone(step, model):

@@ -141,7 +141,7 @@ def test_packed_groups(shape, model, module, reference_logits):
     entries = torch.stack([torch.arange(len(prompts)), starts, ends], dim=1).flip(0)
     source, positions, cu_seqlens, hidden_A, rows_A = ops.pack_index(entries, *offsets)
     tokens = torch.cat([flat(prompts), flat(targets)])[source]
-    batch = PackedBatch(tokens, positions, cu_seqlens, entries[:, 2] - entries[:, 1], hidden_A, rows_A)
+    batch = PackedBatch(tokens, positions, cu_seqlens, entries[:, 2] - entries[:, 1], hidden_A, rows_A, loss=None)
     logits = torch.empty(len(rows_A), 67)
     logits[rows_A] = head_logits(model, model.packed(batch))[hidden_A]
     rows = iter(logits.split([len(row) for row in targets]))
@@ -169,7 +169,7 @@ def test_from_hf_shares_the_storage(module, reference_logits):
     before = model.logits(ids)
     with torch.no_grad():
         for parameter in parameters.values():
-            parameter.mul_(1.5)
+            parameter.mul_(1.1)
     assert not torch.allclose(model.logits(ids), before, atol=0.1)
     assert_close(model.logits(ids), reference_logits(module, ids))
 

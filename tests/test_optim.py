@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from nrt_fast import ops
 from nrt_fast.optim import AdamW, learning_rate
-from nrt_fast.reference.adamw import join_master, split_master
+from nrt_fast.reference.adamw import join_master
 
 HYPER = {"betas": (0.9, 0.95), "eps": 1e-15, "weight_decay": 0.1}
 SIZE, NUM_DECAYED = 500, 300
@@ -71,25 +70,6 @@ def test_small_steps_are_not_lost_in_bfloat16():
     assert half.item() < 1
 
 
-def hostile_values():
-    """fp32 of all kinds: ties between two bf16, denormals, both zeros, both signs, the largest finite, random bits."""
-    bits = [0, 1, 0x7FFF, 0x8000, 0x8001, 0x0080_0000, 0x3F80_8000, 0x3F81_8000, 0x3F80_7FFF, 0x7F7F_FFFF, 0x7F7F_8000]
-    random = torch.randint(0, 0x7F80_0000, (100_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    positive = torch.cat([torch.tensor(bits, dtype=torch.int32), random])
-    return torch.cat([positive, positive + torch.iinfo(torch.int32).min]).view(torch.float32)
-
-
-def test_master_splits_and_joins_exactly():
-    master = hostile_values()
-    weight, remainder = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
-    split_master(master.clone(), weight, remainder)
-    assert torch.equal(join_master(weight, remainder).view(torch.int32), master.view(torch.int32))
-    finite = weight.isfinite()
-    error, least = (weight.double() - master.double()).abs(), (master.bfloat16().double() - master.double()).abs()
-    assert torch.equal(error[finite], least[finite])
-    assert (master[~finite].abs() > torch.finfo(torch.bfloat16).max).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_of_several_passes_add_up_in_fp32(dtype):
     flat = torch.zeros(6, dtype=dtype)
@@ -102,11 +82,13 @@ def test_gradients_of_several_passes_add_up_in_fp32(dtype):
     assert all(leaf.grad is None for leaf in leaves)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("max_grad_norm", [1.0, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(value, max_grad_norm):
     flat = torch.ones(3)
     optimizer = AdamW(flat, (), 3, **HYPER)
-    optimizer.grad[1] = math.inf
-    assert optimizer.step(0.1, 1.0) == math.inf
+    optimizer.grad[1] = value
+    assert not math.isfinite(optimizer.step(0.1, max_grad_norm))
     assert flat.tolist() == [1.0] * 3
     assert optimizer.num_steps == 0
     assert not optimizer.first.any()
@@ -130,15 +112,6 @@ def test_a_restored_state_goes_on_bit_for_bit(dtype):
             break
     assert torch.equal(flat, copy)
     assert all(torch.equal(first.state()[name], tensor) for name, tensor in second.state().items())
-
-
-def test_the_op_takes_one_step_by_the_formula():
-    weight, grad, first, second = (torch.tensor([value]) for value in (2.0, 0.5, 0.1, 0.04))
-    ops.adamw(weight, None, grad, first, second, 0.1, (0.9, 0.99), 1e-3, 0.2, 3)
-    m, v = 0.9 * 0.1 + 0.1 * 0.5, 0.99 * 0.04 + 0.01 * 0.25
-    update = (m / (1 - 0.9**3)) / (math.sqrt(v / (1 - 0.99**3)) + 1e-3)
-    assert weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.2) - 0.1 * update, rel=1e-6)
-    assert (first.item(), second.item()) == pytest.approx((m, v))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Packing ops: the C++ kernels against their references, the references against the definition, and bad input."""
 
+import math
 import time
 
 import pytest
@@ -65,6 +66,21 @@ def test_bins_are_the_references_and_hold_their_budget(high):
     assert (load <= 4096).sum() <= 1
     with ops.use("reference"):
         assert torch.equal(bin_M, ops.pack_bins(cost_M, 8192))
+
+
+@native_only
+@pytest.mark.parametrize("num_traces", [4, 16])
+def test_bins_are_within_two_percent_of_the_lower_bound(num_traces):
+    """Log-normal prompts and traces, the prompt once, a dozen groups to a bin; the bound is all tokens over the budget.
+
+    With two or three groups to a bin, no packer comes near that bound.
+    """
+    generator = torch.Generator().manual_seed(num_traces)
+    lengths = torch.randn(2000, 1 + num_traces, generator=generator).mul(0.6).add(5.5).exp().clamp(8, 2048)
+    cost_M = lengths.sum(1).long()
+    budget = 8 * int(cost_M.max())
+    bin_M = ops.pack_bins(cost_M, budget)
+    assert int(bin_M.max()) + 1 <= math.ceil(1.02 * -(-int(cost_M.sum()) // budget))
 
 
 @pytest.mark.parametrize(
@@ -182,12 +198,80 @@ def test_ten_thousand_groups_take_milliseconds():
     assert min(seconds) < 0.01
 
 
+def step_arrays(num_tokens=5, num_prompt_tokens=3):
+    """prompt_ids, then targets, inverse temperatures, weights, old log-probs, kinds and counted of the loss tokens."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    fp32 = torch.randn(3, num_tokens, generator=generator)
+    kind = torch.arange(num_tokens, dtype=torch.int8) % 3
+    ids = torch.randint(0, 1000, (num_prompt_tokens + num_tokens,), generator=generator)
+    return ids[:num_prompt_tokens], ids[num_prompt_tokens:], *fp32, kind, kind == 1
+
+
+def test_gather_takes_tokens_by_source_and_the_rest_by_row():
+    arrays = step_arrays()
+    tokens, *gathered = ops.pack_gather(*arrays, int64(7, 0, 2, 3), int64(4, 0))
+    assert tokens.tolist() == torch.cat(arrays[:2])[[7, 0, 2, 3]].tolist()
+    for ours, array in zip(gathered, arrays[1:], strict=True):
+        assert ours.dtype == array.dtype
+        assert ours.tolist() == array[[4, 0]].tolist()
+
+
+def test_gather_of_a_packed_batch_is_the_references():
+    _, cu_prompts, cu_traces = groups = random_groups(7, 4)
+    index = ops.pack_index(*groups)
+    arguments = (*step_arrays(int(cu_traces[-1]), int(cu_prompts[-1])), index[0], index[4])
+    gathered = ops.pack_gather(*arguments)
+    with ops.use("reference"):
+        expected = ops.pack_gather(*arguments)
+    for ours, reference in zip(gathered, expected, strict=True):
+        assert torch.equal(ours, reference)
+
+
+def test_gather_reads_strided_and_expanded_arrays():
+    arrays = [torch.stack([array, array], dim=1)[:, 0] for array in step_arrays()]
+    arrays[2] = torch.ones(1).expand(5)
+    tokens, targets, inv_temperature, *_ = ops.pack_gather(*arrays, int64(0, 1, 2)[::2], int64(1).expand(3))
+    assert tokens.tolist() == arrays[0][::2].tolist()
+    assert targets.tolist() == [arrays[1][1]] * 3
+    assert inv_temperature.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(("num_tokens", "num_rows"), [(0, 0), (0, 2), (2, 0)])
+def test_gather_of_nothing(num_tokens, num_rows):
+    tokens, *gathered = ops.pack_gather(*step_arrays(), torch.arange(num_tokens), torch.arange(num_rows))
+    assert [len(tokens), *map(len, gathered)] == [num_tokens] + [num_rows] * 6
+
+
+@pytest.mark.parametrize(
+    ("source", "rows", "message"),
+    [
+        (int64(0, 8), int64(), r"source_T\[1\] = 8: expected 0 <= index < 8"),
+        (int64(-1), int64(), r"source_T\[0\] = -1: expected 0 <= index < 8"),
+        (int64(), int64(0, 1, 5), r"rows_B\[2\] = 5: expected 0 <= index < 5"),
+        (int64(), int64(-1), r"rows_B\[0\] = -1: expected 0 <= index < 5"),
+    ],
+)
+def test_gather_refuses_indices_out_of_range(source, rows, message):
+    with pytest.raises(ValueError, match=message):
+        ops.pack_gather(*step_arrays(), source, rows)
+
+
+def test_gather_refuses_arrays_of_another_length_or_dtype():
+    arrays = step_arrays()
+    with pytest.raises(ValueError, match=r"weight_A: expected shape \[A=5\]"):
+        ops.pack_gather(*arrays[:3], torch.ones(4), *arrays[4:], int64(), int64())
+    with pytest.raises(ValueError, match=r"kind_A: .* of torch\.int8"):
+        ops.pack_gather(*arrays[:5], arrays[5].long(), arrays[6], int64(), int64())
+
+
 @native_only
 def test_native_ops_keep_their_schema():
-    # Packing has no fake kernel, as its sizes depend on the data: what needs one is left out.
+    # Packing has no fake kernels, as it runs on the host before any graph: what needs one is left out.
     checks = ("test_schema", "test_autograd_registration")
     torch.library.opcheck(torch.ops.nrt_fast.pack_bins.default, (int64(4, 7, 3, 6), 10), test_utils=checks)
     torch.library.opcheck(torch.ops.nrt_fast.pack_index.default, random_groups(3, 2), test_utils=checks)
+    gather = torch.ops.nrt_fast.pack_gather.default
+    torch.library.opcheck(gather, (*step_arrays(), int64(0, 7), int64(1, 2)), test_utils=checks)
 
 
 @native_only

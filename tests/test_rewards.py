@@ -2,64 +2,19 @@
 
 import math
 from dataclasses import replace
-from statistics import fmean, stdev
 
 import pytest
 import torch
+from rewards_oracle import reference_advantages, reference_group, reference_shaped
 
-from nrt_fast import ops
 from nrt_fast.config import PRESETS, TrainConfig
+from nrt_fast.reference.rewards import clip_reward, trace_rewards
 from nrt_fast.rewards import advantages, aggregate, reward
 from nrt_fast.types import Scores, Traces, UserError
 
 KINDS = ["logp", "prob", "am", "gm", "ws_inv", "ws_log", "r3"]
 SCALES = ["length", "weight"]
 PARTS = {"rtol": 1e-5, "atol": 1e-7}
-
-
-def reference_weights(logc, logb, kind, scale):
-    """alpha_i c_i of one trace, in scalars."""
-    T = len(logb)
-    if kind == "logp":
-        return [1.0] * T
-    if kind == "prob":
-        return [math.exp(sum(logc))] * T
-    if kind == "gm":
-        return [math.exp(sum(logc) / T) / T] * T
-    w = [{"am": 1.0, "ws_inv": 1.0 / math.exp(b), "ws_log": -b}[kind] for b in logb]
-    return [w_i * math.exp(c) / (T if scale == "length" else sum(w)) for w_i, c in zip(w, logc)]
-
-
-def reference_group(logc, logb, kind, scale):
-    """(R of each trace, alpha_i c_i of each of its tokens) of one group; log b is clamped at -20."""
-    T, logb = len(logb), [max(b, -20.0) for b in logb]
-    if kind == "r3":
-        sigma = [stdev(column) if len(logc) > 1 else 0.0 for column in zip(*logc)]
-        w = [s / (sum(sigma) or 1.0) / T for s in sigma]
-        return [sum(w_i * (c - b) for w_i, c, b in zip(w, row, logb)) for row in logc], [w] * len(logc)
-    weights = [reference_weights(row, logb, kind, scale) for row in logc]
-    if kind == "logp":
-        return [sum(row) for row in logc], weights
-    # Of all others R is a sum, or T equal parts, of its weights; prob is one part alone.
-    return [row[0] if kind == "prob" else sum(row) for row in weights], weights
-
-
-def reference_shaped(raw, base, closed, objective):
-    """R after drop_cut_reward, clip and format term."""
-    raw = [base if objective.drop_cut_reward and not end else value for value, end in zip(raw, closed)]
-    clip = {"none": lambda r: r, "zero": lambda r: max(0.0, r - base), "unit": lambda r: min(max(0.0, r - base), 1.0)}
-    shaped = [clip[objective.reward_clip](value) for value in raw]
-    if objective.format_term == "loss":
-        return shaped
-    share = objective.format_coef
-    return [(1 - share) * value + share * end for value, end in zip(shaped, closed)]
-
-
-def reference_advantages(values, kind, floor):
-    if max(values) == min(values) or stdev(values) <= floor:
-        return [0.0] * len(values)
-    scale = {"grpo": 1 / stdev(values), "dr_grpo": 1.0, "rloo": len(values) / (len(values) - 1)}[kind]
-    return [(value - fmean(values)) * scale for value in values]
 
 
 def random_scores(lengths=(5, 1, 12), num_traces=6, seed=0):
@@ -100,11 +55,11 @@ def test_token_weights_are_the_derivative_of_the_reward(kind, scale):
     """By central differences: alpha_i c_i = dR / d log c_i, which makes sum_i alpha_i c_i grad log c_i = grad R."""
     scores, width = random_scores(lengths=(7,), num_traces=3, seed=1), 1e-6
     logc_GA, logb_A = torch.stack(scores.logprobs[0]).double(), scores.baseline_logprobs[0].double().clamp(min=-5)
-    _, weights_GA = ops.trace_rewards(logc_GA, logb_A, kind, scale)
+    _, weights_GA = trace_rewards(logc_GA, logb_A, kind, scale)
     for token in range(7):
         step = torch.zeros(7, dtype=torch.float64)
         step[token] = width
-        (above, _), (below, _) = (ops.trace_rewards(logc_GA + s, logb_A, kind, scale) for s in (step, -step))
+        (above, _), (below, _) = (trace_rewards(logc_GA + s, logb_A, kind, scale) for s in (step, -step))
         torch.testing.assert_close((above - below) / (2 * width), weights_GA[:, token], rtol=1e-6, atol=1e-8)
 
 
@@ -123,7 +78,8 @@ def test_presets_follow_the_formulas(name, change):
         kind, scale = objective.reward, objective.reward_scale
         raw, weights = reference_group(listed(group), logb.tolist(), kind, scale)
         ((base,), _) = reference_group([logb.tolist()], logb.tolist(), kind, scale)
-        shaped = reference_shaped(raw, base, closed[p], objective)
+        share = objective.format_coef if objective.format_term == "reward" else 0.0
+        shaped = reference_shaped(raw, base, closed[p], objective.reward_clip, objective.drop_cut_reward, share)
         expected = reference_advantages(shaped, objective.advantage, objective.std_floor)
         assert_close(result.reward[p], raw)
         assert_close(result.base[p], base)
@@ -146,7 +102,7 @@ def test_equal_traces_have_no_spread_to_weigh_tokens_by():
     ("clip", "expected"), [("none", [-1.0, 0.5, 1.0, 3.0]), ("zero", [0, 0, 0.5, 2.5]), ("unit", [0, 0, 0.5, 1])]
 )
 def test_clips(clip, expected):
-    assert ops.clip_reward(torch.tensor([-1.0, 0.5, 1.0, 3.0]), torch.tensor(0.5), clip).tolist() == expected
+    assert clip_reward(torch.tensor([-1.0, 0.5, 1.0, 3.0]), torch.tensor(0.5), clip).tolist() == expected
 
 
 @pytest.mark.parametrize("values", [[0.1] * 7, [-3.3] * 2, [1e-30] * 8, [5.0], [123456.7] * 9], ids=len)

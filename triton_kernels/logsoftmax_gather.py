@@ -18,25 +18,43 @@ NUM_WARPS = 8
 
 
 @triton.jit
+def row_stats(logits_ptr, inv_temperature, V, BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr):
+    """Of a row x: its peak, sum exp(x - peak) and, for the entropy, sum exp(x - peak) (x - peak)."""
+    peak = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    weighted = tl.full((), 0.0, tl.float32)
+    for start in range(0, V, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        x = tl.load(logits_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32) * inv_temperature
+        new_peak = tl.maximum(peak, tl.max(x, axis=0))
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # -inf - -inf would be NaN
+        drop = tl.maximum(peak - shift, -1e30)
+        x -= shift
+        if ENTROPY:
+            weighted = tl.exp(drop) * (weighted + drop * total)
+            weighted += tl.sum(tl.exp(x) * tl.maximum(x, -1e30), axis=0)  # exp(-inf) * -inf would be NaN
+        total = total * tl.exp(drop) + tl.sum(tl.exp(x), axis=0)
+        peak = new_peak
+    return peak, total, weighted
+
+
+@triton.jit
+def load_target(logits_ptr, target, inv_temperature, V):
+    """The target's x; NaN if there is no such column."""
+    valid = (target >= 0) & (target < V)
+    return tl.load(logits_ptr + target, mask=valid, other=float("nan")).to(tl.float32) * inv_temperature
+
+
+@triton.jit
 def logsoftmax_gather_fwd_kernel(
     logits_ptr, target_ptr, inv_temperature_ptr, logprob_ptr, peak_ptr, logsum_ptr, stride_n, V, BLOCK_V: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_n
     inv_temperature = tl.load(inv_temperature_ptr + row)
-    peak = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    for start in range(0, V, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32) * inv_temperature
-        new_peak = tl.maximum(peak, tl.max(x, axis=0))
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # -inf - -inf would be NaN
-        total = total * tl.exp(peak - shift) + tl.sum(tl.exp(x - shift), axis=0)
-        peak = new_peak
+    peak, total, _ = row_stats(logits_ptr, inv_temperature, V, BLOCK_V, ENTROPY=False)
     logsum = tl.log(total)
-    target = tl.load(target_ptr + row)
-    valid = (target >= 0) & (target < V)
-    x_target = tl.load(logits_ptr + target, mask=valid, other=float("nan")).to(tl.float32) * inv_temperature
+    x_target = load_target(logits_ptr, tl.load(target_ptr + row), inv_temperature, V)
     tl.store(logprob_ptr + row, (x_target - peak) - logsum)
     tl.store(peak_ptr + row, peak)
     tl.store(logsum_ptr + row, logsum)
@@ -69,7 +87,7 @@ def logsoftmax_gather_fwd(
     if N:
         logsoftmax_gather_fwd_kernel[(N,)](
             logits_NV, target_N, inv_temperature_N, logprob_N, peak_N, logsum_N, logits_NV.stride(0), V,
-            BLOCK_V=_block_size(V), num_warps=NUM_WARPS,
+            BLOCK_V=block_size(V), num_warps=NUM_WARPS,
         )  # fmt: skip
     return logprob_N, peak_N, logsum_N
 
@@ -82,11 +100,11 @@ def logsoftmax_gather_bwd_(
     if N:
         logsoftmax_gather_bwd_kernel[(N,)](
             logits_NV, target_N, inv_temperature_N, peak_N, logsum_N, grad_N, logits_NV.stride(0), V,
-            BLOCK_V=_block_size(V), num_warps=NUM_WARPS,
+            BLOCK_V=block_size(V), num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
-def _block_size(V: int) -> int:
+def block_size(V: int) -> int:
     return min(triton.next_power_of_2(V), MAX_BLOCK_V)
 
 

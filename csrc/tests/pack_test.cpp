@@ -1,6 +1,8 @@
 // Tests of the torch-free core; exits with the number of failures.
 #include "../pack.h"
+#include "../pack_gather.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <stdexcept>
 #include <vector>
@@ -45,13 +47,17 @@ Index index(const Ints& entries, const Ints& cu_prompts, const Ints& cu_traces) 
   const int64_t num_traces = cu_traces.size() - 1;
   const nrt_fast::PackInput input{
       entries.data(), num_entries, cu_prompts.data(), num_prompts, cu_traces.data(), num_traces};
-  const nrt_fast::PackSize size = nrt_fast::pack_size(input);
+  const std::vector<nrt_fast::PackSize> sizes = nrt_fast::pack_sizes(input);
+  const nrt_fast::PackSize& size = sizes.back();
   Index result{
       Ints(size.num_tokens), Ints(size.num_tokens), std::vector<int32_t>(size.num_segments + 1),
       Ints(size.num_loss_tokens), Ints(size.num_loss_tokens)};
-  nrt_fast::pack_index(
-      input, {result.source.data(), result.positions.data(), result.cu_seqlens.data(), result.hidden.data(),
-              result.rows.data()});
+  const nrt_fast::PackOutput output{
+      result.source.data(), result.positions.data(), result.cu_seqlens.data(), result.hidden.data(),
+      result.rows.data()};
+  for (int64_t end = num_entries; end >= 0; end -= 2) {  // in parts, the last one first, as threads may
+    nrt_fast::pack_index(input, sizes, std::max<int64_t>(end - 2, 0), end, output);
+  }
   return result;
 }
 
@@ -89,12 +95,40 @@ void test_bad_index() {
   expect_invalid([&] { index({0, 0, 1}, prompts, {}); }, "cu_traces without an offset");
 }
 
+void test_gather() {
+  const Ints prompt_ids{10, 11};
+  const Ints targets{20, 21, 22};
+  const std::vector<float> values{0.5F, 1.5F, 2.5F};
+  const std::vector<int8_t> kinds{0, 1, 2};
+  const bool counted[] = {true, false, true};
+  Ints tokens(3), picked(2);
+  std::vector<float> a(2), b(2), c(2);
+  std::vector<int8_t> kind(2);
+  bool flags[2];
+  const auto gather = [&](const Ints& source, const Ints& rows) {
+    nrt_fast::pack_gather(
+        {prompt_ids.data(), 2, targets.data(), values.data(), values.data(), values.data(), kinds.data(), counted, 3,
+         source.data(), static_cast<int64_t>(source.size()), rows.data(), static_cast<int64_t>(rows.size())},
+        {tokens.data(), picked.data(), a.data(), b.data(), c.data(), kind.data(), flags});
+  };
+  gather({1, 2, 4}, {2, 1});
+  expect(tokens == Ints({11, 20, 22}), "tokens come from the prompts and then the targets");
+  expect(picked == Ints({22, 21}) && a == std::vector<float>({2.5F, 1.5F}) && b == a && c == a, "rows of every array");
+  expect(kind == std::vector<int8_t>({2, 1}) && flags[0] && !flags[1], "rows of the small types");
+  gather({}, {});
+  expect_invalid([&] { gather({5}, {}); }, "source past the end");
+  expect_invalid([&] { gather({-1}, {}); }, "negative source");
+  expect_invalid([&] { gather({}, {3}); }, "row past the end");
+  expect_invalid([&] { gather({}, {-1}); }, "negative row");
+}
+
 }  // namespace
 
 int main() {
   test_bins();
   test_index();
   test_bad_index();
+  test_gather();
   std::printf("%d failures\n", num_failures);
   return num_failures;
 }

@@ -14,23 +14,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """Slots of [P, G] rows.
+    """Slots of [P, G] rows, one page of the storage each.
 
     Attributes:
-        k, v: [L, P, G, K, S, E], zero where never written (a masked slot must be finite).
+        k, v: [L, N, K, S, E], N pages of S slots.
+        pages_PG: [P, G] int32, the page of each row.
         lens_PG: [P, G] int64, filled slots, changed in place.
     """
 
     k: Tensor
     v: Tensor
+    pages_PG: Tensor
     lens_PG: Tensor
 
     @classmethod
     def allocate(cls, layers: int, rows: tuple[int, int], kv_heads: int, slots: int, head_dim: int, like: Tensor):
         """Empty slots with the dtype and device of ``like``."""
-        shape = (layers, *rows, kv_heads, slots, head_dim)
-        lens = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        return cls(like.new_zeros(shape), like.new_zeros(shape), lens)
+        P, G = rows
+        k, v = (like.new_empty(layers, P * G, kv_heads, slots, head_dim) for _ in range(2))
+        pages_PG = torch.arange(P * G, dtype=torch.int32, device=like.device).view(P, G)
+        return cls(k, v, pages_PG, torch.zeros(P, G, dtype=torch.int64, device=like.device))
 
     def advance(self, num_PG: Tensor) -> None:
         """Keep the next ``num_PG`` slots of every row."""
@@ -38,7 +41,7 @@ class Segment:
 
     def first(self, num_rows: int) -> Segment:
         """The first rows of every group, sharing the storage."""
-        return Segment(self.k[:, :, :num_rows], self.v[:, :, :num_rows], self.lens_PG[:, :num_rows])
+        return Segment(self.k, self.v, self.pages_PG[:, :num_rows], self.lens_PG[:, :num_rows])
 
 
 @dataclass(frozen=True)

@@ -44,21 +44,16 @@ class AdamW:
     @torch.no_grad()
     def step(self, lr: float, max_grad_norm: float) -> float:
         """Clip, update, clear the gradients. Returns the gradient norm before clipping; not finite: nothing changes."""
-        norm = float(torch.linalg.vector_norm(self.grad))
-        if math.isfinite(norm):
-            self.num_steps += 1
-            self.grad.mul_(min(1.0, max_grad_norm / (norm + 1e-6)))
-            self._update(slice(0, self.num_decayed), lr, self.weight_decay)
-            self._update(slice(self.num_decayed, None), lr, 0.0)
-        self.grad.zero_()
-        return norm
-
-    def _update(self, part: slice, lr: float, weight_decay: float) -> None:
-        remainder = None if self.remainder is None else self.remainder[part]
+        norm = ops.grad_norm(self.grad)
+        # On the device, where the norm is: what waits for it is this function's result, not the update.
+        grad_scale = (max_grad_norm / (norm + 1e-6)).clamp_(max=1.0).where(norm.isfinite(), math.nan).view(1)
         ops.adamw(
-            self.flat[part], remainder, self.grad[part], self.first[part], self.second[part],
-            lr, self.betas, self.eps, weight_decay, self.num_steps,
+            self.flat, self.remainder, self.grad, self.first, self.second, lr, self.betas, self.eps, self.weight_decay,
+            self.num_decayed, self.num_steps + 1, grad_scale,
         )  # fmt: skip
+        norm = float(norm)
+        self.num_steps += math.isfinite(norm)
+        return norm
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the weights; tensors are the live ones."""

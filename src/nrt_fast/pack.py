@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nrt_fast import ops
 from nrt_fast.config import Objective
-from nrt_fast.types import ANSWER, FORMAT, TRACE, Example, LossTokens, PackedBatch, Traces
+from nrt_fast.types import ANSWER, FORMAT, TRACE, BatchTokens, Example, LossTokens, PackedBatch, Traces
 
 
 def loss_tokens(
@@ -101,7 +101,8 @@ def pack(tokens: LossTokens, max_tokens: int, device: torch.device) -> list[Pack
         return []
     cost_M = _cost(tokens, entries_M3)
     bin_M = ops.pack_bins(cost_M, max(max_tokens, int(cost_M.max())))
-    return [_batch(tokens, entries_M3[bin_M == number], device) for number in range(int(bin_M.max()) + 1)]
+    arrays = _arrays(tokens, device)
+    return [_batch(tokens, arrays, entries_M3[bin_M == number], device) for number in range(int(bin_M.max()) + 1)]
 
 
 def _entries(tokens: LossTokens, max_tokens: int) -> Tensor:
@@ -131,16 +132,23 @@ def _cost(tokens: LossTokens, entries_M3: Tensor) -> Tensor:
     return tokens.cu_prompts.diff()[prompt_M] + trace_tokens_M
 
 
-def _batch(tokens: LossTokens, entries_M3: Tensor, device: torch.device) -> PackedBatch:
+def _arrays(tokens: LossTokens, device: torch.device) -> list[Tensor]:
+    """What ``ops.pack_gather`` takes from, moved once for all batches."""
+    arrays = (tokens.prompt_ids, tokens.targets_A, tokens.inv_temperature_A, tokens.weight_A, tokens.old_logprobs_A)
+    return [array.to(device) for array in (*arrays, tokens.kind_A, tokens.counted_A)]
+
+
+def _batch(tokens: LossTokens, arrays: list[Tensor], entries_M3: Tensor, device: torch.device) -> PackedBatch:
     source_T, positions_T, cu_seqlens, hidden_A, rows_A = ops.pack_index(
         entries_M3, tokens.cu_prompts, tokens.cu_traces
     )
-    tokens_T = torch.cat([tokens.prompt_ids, tokens.targets_A])[source_T]
+    tokens_T, *gathered = ops.pack_gather(*arrays, source_T.to(device), rows_A.to(device))
     return PackedBatch(
-        tokens_T=tokens_T.to(device),
+        tokens_T=tokens_T,
         positions_T=positions_T.to(device),
         cu_seqlens=cu_seqlens,
         num_traces_M=entries_M3[:, 2] - entries_M3[:, 1],
         hidden_A=hidden_A.to(device),
         rows_A=rows_A,
+        loss=BatchTokens(*gathered),
     )

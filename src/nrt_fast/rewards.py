@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -10,8 +11,6 @@ from torch import Tensor
 from nrt_fast import ops
 from nrt_fast.config import Objective
 from nrt_fast.types import Scores, Traces, UserError
-
-MIN_LOG_B = -20.0  # keeps 1/b finite: an answer token under 2e-9 weighs no more than one of 2e-9
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,37 @@ class Rewards:
     answer_weights: list[list[Tensor]]
 
 
+def reward(scores: Scores, traces: Traces, objective: Objective, noise: float, names: list[str]) -> Rewards:
+    """Everything between the scores and the loss: R, baseline, clip, format term, advantage.
+
+    Args:
+        scores: log c and log b.
+        traces: which traces ended with the delimiter.
+        objective: the choices.
+        noise: measured standard deviation of R under a change of batch shape, in R's own unit; a group whose spread is
+            under three times of it carries no signal.
+        names: what messages call the prompts.
+
+    Raises:
+        UserError: a log-probability is NaN, infinite or above 0; names the prompt.
+        ValueError: shapes do not match.
+    """
+    return _aggregate(
+        scores.logprobs,
+        scores.baseline_logprobs,
+        names,
+        closed=[end is not None for group in traces.delimiter_logprobs for end in group],
+        reward=objective.reward,
+        reward_scale=objective.reward_scale,
+        reward_clip=objective.reward_clip,
+        advantage=objective.advantage,
+        answer_weight=objective.answer_weight,
+        std_floor=max(objective.std_floor, 3 * noise) if objective.std_floor else 0.0,
+        drop_cut_reward=objective.drop_cut_reward,
+        format_coef=objective.format_coef if objective.format_term == "reward" else 0.0,
+    )
+
+
 def aggregate(
     logprobs: list[list[Tensor]],
     baseline_logprobs: list[Tensor],
@@ -56,81 +86,11 @@ def aggregate(
 
     Raises:
         UserError: a log-probability is NaN, infinite or above 0; names the prompt.
-        ValueError: shapes do not match.
+        ValueError: shapes do not match, or there is no such kind or scale.
     """
-    rewards, weights = [], []
     names = names or [f"prompt {index}" for index in range(len(logprobs))]
-    for name, group, log_b in zip(names, logprobs, baseline_logprobs, strict=True):
-        logc_GA, logb_A = _checked(name, group, log_b)
-        reward_G, weights_GA = ops.trace_rewards(logc_GA, logb_A.clamp(min=MIN_LOG_B), kind, scale)
-        rewards.append(reward_G)
-        weights.append(list(weights_GA))
-    return rewards, weights
-
-
-def _checked(name: str, group: list[Tensor], log_b: Tensor) -> tuple[Tensor, Tensor]:
-    if any(row.shape != log_b.shape for row in group):
-        raise ValueError(f"{name}: every trace and the baseline need the answer's {list(log_b.shape)} tokens")
-    logb_A = log_b.float()
-    logc_GA = torch.stack([row.float() for row in group]) if group else logb_A.new_zeros(0, len(logb_A))
-    both = torch.cat([logc_GA, logb_A[None]])
-    # A rounding error above 0 is no error of the caller.
-    if not torch.isfinite(both).all() or (both > 1e-4).any():
-        raise UserError(f"{name}: a log-probability of its answer is NaN, infinite or above 0")
-    return logc_GA.clamp(max=0.0), logb_A.clamp(max=0.0)
-
-
-def reward(scores: Scores, traces: Traces, objective: Objective, noise: float, names: list[str]) -> Rewards:
-    """Everything between the scores and the loss: R, baseline, clip, format term, advantage.
-
-    Args:
-        scores: log c and log b.
-        traces: which traces ended with the delimiter.
-        objective: the choices.
-        noise: measured standard deviation of R under a change of batch shape, in R's own unit; a group whose spread is
-            under three times of it carries no signal.
-        names: what messages call the prompts.
-    """
-    raw, token_weights = aggregate(
-        scores.logprobs, scores.baseline_logprobs, objective.reward, objective.reward_scale, names
-    )
-    base = base_rewards(scores.baseline_logprobs, objective)
-    shaped = [
-        _shape(reward_G, base_p, ends, objective)
-        for reward_G, base_p, ends in zip(raw, base, traces.delimiter_logprobs, strict=True)
-    ]
-    floor = max(objective.std_floor, 3 * noise) if objective.std_floor else 0.0
-    advantage, signal = advantages(shaped, objective.advantage, floor)
-    return Rewards(raw, base, shaped, advantage, signal, _answer_weights(raw, token_weights, objective))
-
-
-def _answer_weights(raw: list[Tensor], token_weights: list[list[Tensor]], objective: Objective) -> list[list[Tensor]]:
-    choose = {
-        "fixed": lambda weight_A, _: torch.ones_like(weight_A),
-        "derived": lambda weight_A, _: weight_A,
-        "reward": lambda weight_A, value: value.expand_as(weight_A),
-    }[objective.answer_weight]
-    return [
-        [choose(weight_A, value) for weight_A, value in zip(group, reward_G, strict=True)]
-        for group, reward_G in zip(token_weights, raw, strict=True)
-    ]
-
-
-def base_rewards(baseline_logprobs: list[Tensor], objective: Objective) -> list[Tensor]:
-    """R of the empty trace: the same formula with c := b."""
-    empty = [[log_b] for log_b in baseline_logprobs]
-    rewards, _ = aggregate(empty, baseline_logprobs, objective.reward, objective.reward_scale)
-    return [reward_1.squeeze(0) for reward_1 in rewards]
-
-
-def _shape(reward_G: Tensor, base: Tensor, ends: list[float | None], objective: Objective) -> Tensor:
-    closed_G = torch.tensor([end is not None for end in ends], dtype=torch.bool)
-    if objective.drop_cut_reward:
-        reward_G = torch.where(closed_G, reward_G, base)
-    shaped_G = ops.clip_reward(reward_G, base, objective.reward_clip)
-    if objective.format_term == "reward":
-        shaped_G = (1 - objective.format_coef) * shaped_G + objective.format_coef * closed_G.float()
-    return shaped_G
+    rewards = _aggregate(logprobs, baseline_logprobs, names, reward=kind, reward_scale=scale, answer_weight="derived")
+    return rewards.reward, rewards.answer_weights
 
 
 def advantages(reward: list[Tensor], kind: str = "grpo", std_floor: float = 0.0) -> tuple[list[Tensor], list[bool]]:
@@ -144,5 +104,58 @@ def advantages(reward: list[Tensor], kind: str = "grpo", std_floor: float = 0.0)
     Returns:
         (P tensors [G], P bools: whether the group carries a signal).
     """
-    pairs = [ops.group_advantages(reward_G, kind, std_floor) for reward_G in reward]
-    return [advantage_G for advantage_G, _ in pairs], [signal for _, signal in pairs]
+    # R is the log-probability itself where the answer is one token.
+    flat_N = _joined(reward)
+    rewards = _groups(flat_N, flat_N.new_zeros(len(reward)), [1] * len(reward), [len(reward_G) for reward_G in reward],
+                      reward="logp", advantage=kind, std_floor=std_floor)  # fmt: skip
+    return rewards.advantage, rewards.signal
+
+
+def _aggregate(logprobs: list[list[Tensor]], baseline_logprobs: list[Tensor], names: list[str], **choices) -> Rewards:
+    """Check the scores, and aggregate them as ``choices`` tell."""
+    for name, group, log_b in zip(names, logprobs, baseline_logprobs, strict=True):
+        if any(row.shape != log_b.shape for row in group):
+            raise ValueError(f"{name}: every trace and the baseline need the answer's {list(log_b.shape)} tokens")
+    logb_A, logc_C = _joined(baseline_logprobs), _joined([row for group in logprobs for row in group])
+    # A rounding error above 0 is no error of the caller.
+    if not all(bool(((x <= 1e-4) & x.isfinite()).all()) for x in (logb_A, logc_C)):
+        _refuse(logprobs, baseline_logprobs, names)
+    num_tokens, num_traces = [len(log_b) for log_b in baseline_logprobs], [len(group) for group in logprobs]
+    return _groups(logc_C.clamp(max=0.0), logb_A.clamp(max=0.0), num_tokens, num_traces, **choices)
+
+
+def _refuse(logprobs: list[list[Tensor]], baseline_logprobs: list[Tensor], names: list[str]) -> None:
+    for name, group, log_b in zip(names, logprobs, baseline_logprobs, strict=True):
+        both = torch.cat([log_b, *group])
+        if not ((both <= 1e-4) & both.isfinite()).all():
+            raise UserError(f"{name}: a log-probability of its answer is NaN, infinite or above 0")
+
+
+def _groups(
+    logc_C: Tensor, logb_A: Tensor, num_tokens: list[int], num_traces: list[int], *, reward: str,
+    closed: list[bool] | None = None, reward_scale: str = "length", reward_clip: str = "none",
+    advantage: str = "grpo", answer_weight: str = "fixed", std_floor: float = 0.0, drop_cut_reward: bool = False,
+    format_coef: float = 0.0,
+) -> Rewards:  # fmt: skip
+    """``ops.aggregate_rewards`` on groups of ``num_traces`` traces and ``num_tokens`` answer tokens."""
+    num_scores = [tokens * traces for tokens, traces in zip(num_tokens, num_traces, strict=True)]
+    device = logc_C.device
+    offsets = [torch.tensor([0, *accumulate(sizes)], device=device) for sizes in (num_tokens, num_traces, num_scores)]
+    closed_N = torch.tensor([False] * sum(num_traces) if closed is None else closed, dtype=torch.bool, device=device)
+    reward_N, base_P, shaped_N, advantage_N, signal_P, token_weight_C = ops.aggregate_rewards(
+        logc_C, logb_A, closed_N, *offsets, reward, reward_scale, reward_clip, advantage, answer_weight, std_floor,
+        drop_cut_reward, format_coef,
+    )  # fmt: skip
+    weights = zip(token_weight_C.split(num_scores), num_traces, num_tokens, strict=True)
+    return Rewards(
+        reward=list(reward_N.split(num_traces)),
+        base=list(base_P),
+        shaped=list(shaped_N.split(num_traces)),
+        advantage=list(advantage_N.split(num_traces)),
+        signal=signal_P.tolist(),
+        answer_weights=[list(weight.view(traces, tokens)) for weight, traces, tokens in weights],
+    )
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return torch.cat([row.float() for row in rows]) if rows else torch.empty(0)

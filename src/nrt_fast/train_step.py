@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nrt_fast import ops
 from nrt_fast.config import Objective
+from nrt_fast.fused_loss import linear_logprob_loss
 from nrt_fast.model import Model
 from nrt_fast.optim import AdamW
 from nrt_fast.types import ANSWER, FORMAT, TRACE, LossTokens, PackedBatch, UserError
@@ -58,14 +59,14 @@ def train_step(
     logprobs_A, entropy_A = torch.full((2, len(tokens.targets_A)), math.nan)
     sums: dict[str, float] = dict.fromkeys(("trace", "answer", "format", "kl", "entropy", "total"), 0.0)
     for batch in batches:
-        logprob, entropy = _logprobs(model, tokens, batch)
-        terms = _terms(logprob, entropy, tokens, batch, objective, on_policy, reference)
-        total = sum(terms.values()) / tokens.normalizer
-        total.backward()
-        logprobs_A[batch.rows_A], entropy_A[batch.rows_A] = logprob.detach().cpu(), entropy.detach().cpu()
-        for name, term in terms.items():
-            sums[name] += float(term.detach()) / tokens.normalizer
-        sums["total"] += float(total.detach())
+        rows = _Rows.of(batch, on_policy)
+        reference_A = None if reference is None else _reference_logprobs(reference, rows, batch)
+        loss, logprob, entropy = _loss(model, rows, batch, reference_A, objective, 1 / tokens.normalizer)
+        loss.backward()
+        logprobs_A[batch.rows_A], entropy_A[batch.rows_A] = logprob.cpu(), entropy.cpu()
+        for name, term in _terms(logprob, entropy, rows, reference_A, objective).items():
+            sums[name] += float(term) / tokens.normalizer
+        sums["total"] += float(loss.detach())
     _check_finite("loss", sums["total"])
     grad_norm = optimizer.step(lr, max_grad_norm)
     _check_finite("gradient norm", grad_norm)
@@ -77,40 +78,77 @@ def _check_finite(name: str, value: float) -> None:
         raise UserError(f"the {name} is {value}: the weights are as before this step; a lower learning rate may help")
 
 
-def _logprobs(model: Model, tokens: LossTokens, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    hidden_TD = model.packed(batch)
-    device = hidden_TD.device
-    return ops.linear_logprob_stats(
-        hidden_TD.index_select(0, batch.hidden_A),
+@dataclass(frozen=True)
+class _Rows:
+    """A batch's loss tokens as the loss reads them; an uncounted token has weight 0 and no policy.
+
+    Attributes:
+        policy_A: [A] bool, under the trace loss.
+        old_A: None where the ratio is 1 by definition.
+    """
+
+    target_A: Tensor
+    inv_temperature_A: Tensor
+    kind_A: Tensor
+    weight_A: Tensor
+    policy_A: Tensor
+    old_A: Tensor | None
+
+    @classmethod
+    def of(cls, batch: PackedBatch, on_policy: bool) -> _Rows:
+        tokens = batch.loss
+        return cls(
+            tokens.targets_A,
+            tokens.inv_temperature_A,
+            tokens.kind_A,
+            torch.where(tokens.counted_A, tokens.weight_A, 0.0),
+            (tokens.kind_A == TRACE) & tokens.counted_A,
+            None if on_policy else tokens.old_logprobs_A,
+        )
+
+
+@torch.no_grad()
+def _reference_logprobs(reference: Model, rows: _Rows, batch: PackedBatch) -> Tensor:
+    hidden_AD = reference.packed(batch)[batch.hidden_A]
+    return ops.linear_logprob(hidden_AD, reference.head, rows.target_A, rows.inv_temperature_A)
+
+
+def _loss(
+    model: Model, rows: _Rows, batch: PackedBatch, reference_A: Tensor | None, objective: Objective, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch's part of the step's loss, what is differentiated; log-probability and entropy of its tokens."""
+    trace_loss = objective.trace_loss
+    return linear_logprob_loss(
+        model.packed(batch).index_select(0, batch.hidden_A),
         model.head,
-        tokens.targets_A[batch.rows_A].to(device),
-        tokens.inv_temperature_A[batch.rows_A].to(device),
+        rows.target_A,
+        rows.inv_temperature_A,
+        rows.weight_A,
+        rows.policy_A,
+        rows.old_A,
+        reference_A,
+        "reinforce" if trace_loss == "none" else trace_loss,  # without a trace loss no token is under it
+        1 - objective.epsilon,
+        1 + objective.epsilon_high,
+        objective.beta,
+        objective.entropy_coef,
+        scale,
     )
 
 
 def _terms(
-    logprob_A: Tensor, entropy_A: Tensor, tokens: LossTokens, batch: PackedBatch, objective: Objective,
-    on_policy: bool, reference: Model | None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Summed loss of each term."""
-    device, rows = logprob_A.device, batch.rows_A
-    kind_A = tokens.kind_A[rows].to(device)
-    weight_A = tokens.weight_A[rows].to(device)
-    counted_A = tokens.counted_A[rows].to(device)
-    trace_A, answer_A, format_A = ((kind_A == kind) & counted_A for kind in (TRACE, ANSWER, FORMAT))
-    terms = {
-        "answer": -(weight_A[answer_A] * logprob_A[answer_A]).sum(),
-        "format": -(weight_A[format_A] * logprob_A[format_A]).sum(),
-    }
+    logprob_A: Tensor, entropy_A: Tensor, rows: _Rows, reference_A: Tensor | None, objective: Objective
+) -> dict[str, Tensor]:
+    """Summed loss of each term, to be reported."""
+    weighted_A = -rows.weight_A * logprob_A
+    terms = {"answer": weighted_A[rows.kind_A == ANSWER].sum(), "format": weighted_A[rows.kind_A == FORMAT].sum()}
+    trace_A = rows.policy_A
     if objective.trace_loss != "none":
         new = logprob_A[trace_A]
-        old = new.detach() if on_policy else tokens.old_logprobs_A[rows].to(device)[trace_A]
-        trace_loss = TRACE_LOSSES[objective.trace_loss]
+        ratio = torch.ones_like(new) if rows.old_A is None else (new - rows.old_A[trace_A]).exp()
         low, high = 1 - objective.epsilon, 1 + objective.epsilon_high
-        terms["trace"] = trace_loss(new, (new - old).exp(), weight_A[trace_A], low, high).sum()
-    if reference is not None:
-        with torch.no_grad():
-            reference_A, _ = _logprobs(reference, tokens, batch)
+        terms["trace"] = TRACE_LOSSES[objective.trace_loss](new, ratio, rows.weight_A[trace_A], low, high).sum()
+    if reference_A is not None:
         terms["kl"] = objective.beta * ops.kl_estimate(logprob_A[trace_A], reference_A[trace_A]).sum()
     if objective.entropy_coef:
         terms["entropy"] = -objective.entropy_coef * entropy_A[trace_A].sum()

@@ -107,6 +107,22 @@ class LossTokens:
 
 
 @dataclass(frozen=True)
+class BatchTokens:
+    """A packed batch's part of the arrays of LossTokens, on the device; A counts its own loss tokens here.
+
+    Attributes:
+        targets_A, inv_temperature_A, weight_A, old_logprobs_A, kind_A, counted_A: as in LossTokens.
+    """
+
+    targets_A: Tensor
+    inv_temperature_A: Tensor
+    weight_A: Tensor
+    old_logprobs_A: Tensor
+    kind_A: Tensor
+    counted_A: Tensor
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """Groups packed without padding: each prompt once, followed by its traces.
 
@@ -120,6 +136,7 @@ class PackedBatch:
         hidden_A: [A] int64 into T: the hidden state that predicts a loss token. The prompt's last one serves the
             first token of all its traces.
         rows_A: [A] int64, on the CPU, into the arrays of LossTokens.
+        loss: what stands there, in the order of rows_A.
     """
 
     tokens_T: Tensor
@@ -128,3 +145,4 @@ class PackedBatch:
     num_traces_M: Tensor
     hidden_A: Tensor
     rows_A: Tensor
+    loss: BatchTokens

@@ -19,8 +19,8 @@ from nrt_fast.model.config import ModelConfig
 from nrt_fast.model.weights import EMBED, FINAL_NORM, HEAD, OwnedWeights, SharedWeights
 from nrt_fast.types import PackedBatch
 
-# (layer, q_THE, k_TKE, v_TKE) -> [T, H, E]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (layer, q_THE, k_TKE, v_TKE, cos_TF, sin_TF) -> [T, H, E]; queries and keys come before their rotation
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,16 @@ class Decoder:
 
     def _forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         x = F.embedding(tokens_T, self.embed)
-        angles = positions_T[:, None] * self.inv_freq
-        angles = torch.cat([angles, angles], dim=-1)
-        cos, sin = ((f * self.config.rope_scale).to(x.dtype) for f in (angles.cos(), angles.sin()))
-        for index, layer in enumerate(self.layers):
-            x = x + self._attention(index, layer, self._norm(x, layer.input_norm), cos, sin, attend)
-            gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
-            x = x + layer.down(ops.swiglu(gate, up))
-        return self._norm(x, self.final_norm)
+        angles_TF = positions_T[:, None] * self.inv_freq
+        cos, sin = ((f * self.config.rope_scale).to(x.dtype) for f in (angles_TF.cos(), angles_TF.sin()))
+        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.final_norm]
+        normed = self._norm(x, self.layers[0].input_norm)
+        for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+            attended = self._attention(index, layer, normed, cos, sin, attend)
+            normed, x = ops.add_rms_norm(attended, x, layer.post_norm, self.config.rms_norm_eps)
+            inner = ops.swiglu(layer.gate_up(normed).unflatten(-1, (2, -1)))
+            normed, x = ops.add_rms_norm(layer.down(inner), x, next_norm, self.config.rms_norm_eps)
+        return normed
 
     def _attention(self, index: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
@@ -127,7 +129,7 @@ class Decoder:
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
         if self.config.qk_norm:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        out = attend(index, ops.rotate(q, cos, sin), ops.rotate(k, cos, sin), v)
+        out = attend(index, q, k, v, cos, sin)
         return layer.out(out.reshape(-1, heads * head_dim))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,12 @@
-"""AdamW whose fp32 master weights are kept as a bf16 weight and a 16-bit remainder."""
+"""AdamW whose fp32 master weights are kept as a bf16 weight and a 16-bit remainder, and the norm that clips it."""
 
 import torch
 from torch import Tensor
+
+
+def grad_norm(grad: Tensor) -> Tensor:
+    """Euclidean norm of a flat fp32 gradient, fp32 of shape []."""
+    return torch.linalg.vector_norm(grad)
 
 
 def adamw(
@@ -14,24 +19,33 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    num_decayed: int,
     step: int,
+    grad_scale: Tensor,
 ) -> None:
-    """One decoupled-weight-decay Adam step in fp32, in place (arXiv 1711.05101).
+    """One decoupled-weight-decay Adam step in fp32, in place (arXiv 1711.05101); it uses up the gradient.
 
     Args:
         weight: [n] fp32, or bf16 with a remainder.
         remainder: [n] int16, the low half of the fp32 master weight whose high half is ``weight``; None for fp32.
-        grad, first, second: [n] fp32.
+        grad: [n] fp32; 0 on return.
+        first, second: [n] fp32.
+        num_decayed: weights before this offset decay.
         step: counts from 1.
+        grad_scale: [1] fp32, the factor of the gradient; if it is NaN, nothing but the gradient changes.
     """
-    beta1, beta2 = betas
-    first.lerp_(grad, 1 - beta1)
-    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    update = (second / (1 - beta2**step)).sqrt_().add_(eps).reciprocal_().mul_(first).mul_(-lr / (1 - beta1**step))
-    if remainder is None:
-        weight.mul_(1 - lr * weight_decay).add_(update)
-    else:
-        split_master(join_master(weight, remainder).mul_(1 - lr * weight_decay).add_(update), weight, remainder)
+    if not grad_scale.isnan():
+        beta1, beta2 = betas
+        grad.mul_(grad_scale)
+        first.lerp_(grad, 1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        update = (second / (1 - beta2**step)).sqrt_().add_(eps).reciprocal_().mul_(first).mul_(-lr / (1 - beta1**step))
+        master = weight if remainder is None else join_master(weight, remainder)
+        master[:num_decayed].mul_(1 - lr * weight_decay)
+        master.add_(update)
+        if remainder is not None:
+            split_master(master, weight, remainder)
+    grad.zero_()
 
 
 def join_master(weight: Tensor, remainder: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""The benchmarks' gate: this run's ratios against the committed ones.
+
+    python bench/gate.py RUN.json              exit code 1 if something became slower
+    python bench/gate.py RUN.json --write      make this run the committed one
+
+RUN.json is pytest-benchmark's. A ratio is our time over a peer's (or over the bare matrix product's) from one run, so
+it hardly depends on the machine: it may rise by THRESHOLD over the committed value, which is about twice the spread of
+repeated runs on two shared cores. Absolute times are compared only on the machine of the committed run (processor,
+cores, torch), with ABSOLUTE_THRESHOLD.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+THRESHOLD = 1.25
+ABSOLUTE_THRESHOLD = 1.6
+COMMITTED = Path(__file__).parent / "results/cpu.json"
+
+
+def summary(run: dict) -> dict:
+    """What is kept of pytest-benchmark's JSON: the machine, and of each benchmark its ratios and our median."""
+    machine, benchmarks = run["machine_info"], {}
+    for entry in run["benchmarks"]:
+        if ratios := entry["extra_info"].get("ratios"):
+            medians = entry["extra_info"]["median_us"]
+            benchmarks[entry["fullname"]] = {"ratios": ratios, "median_us": next(iter(medians.values()))}
+    names = ("brand_raw", "count")
+    return {
+        "machine": {name: machine["cpu"].get(name) for name in names} | {"torch": machine["torch"]},
+        "benchmarks": dict(sorted(benchmarks.items())),
+    }
+
+
+def compare(run: dict, committed: dict) -> list[str]:
+    """What is worse in this run than in the committed one, a line each; both are summaries."""
+    same_machine, problems = run["machine"] == committed["machine"], []
+    for name, before in committed["benchmarks"].items():
+        now = run["benchmarks"].get(name)
+        if now is None:
+            problems.append(f"{name}: not in this run")
+            continue
+        for peer, ratio in before["ratios"].items():
+            if now["ratios"].get(peer, ratio) > THRESHOLD * ratio:  # a peer may not be installed here
+                problems.append(f"{name}: {now['ratios'][peer]:.3f} of {peer}, committed {ratio:.3f}")
+        if same_machine and now["median_us"] > ABSOLUTE_THRESHOLD * before["median_us"]:
+            problems.append(f"{name}: {now['median_us']:.0f} us, committed {before['median_us']:.0f} us")
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path, help="pytest-benchmark's JSON")
+    parser.add_argument("--committed", type=Path, default=COMMITTED)
+    parser.add_argument("--write", action="store_true", help="make this run the committed one")
+    arguments = parser.parse_args()
+    run = summary(json.loads(arguments.run.read_text()))
+    if arguments.write:
+        arguments.committed.parent.mkdir(exist_ok=True)
+        arguments.committed.write_text(json.dumps(run, indent=1) + "\n")
+        return 0
+    if not arguments.committed.exists():
+        print(f"{arguments.committed} is not there yet: `make bench-baseline` writes it")
+        return 1
+    committed = json.loads(arguments.committed.read_text())
+    problems = compare(run, committed)
+    new = run["benchmarks"].keys() - committed["benchmarks"].keys()
+    for name in sorted(new):
+        print(f"new, not guarded before `make bench-baseline`: {name}")
+    for problem in problems:
+        print(f"slower: {problem}")
+    print(f"{len(committed['benchmarks'])} benchmarks guarded, {len(problems)} problems")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

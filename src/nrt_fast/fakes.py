@@ -1,0 +1,60 @@
+"""What the C++ ops return, in shapes and dtypes alone: for torch.compile, FakeTensor and opcheck."""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.register_fake("nrt_fast::sample_logprob")
+def sample_logprob(
+    logits_NV: Tensor, uniform_N: Tensor, temperature: float, floor_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    N = logits_NV.shape[0]
+    return logits_NV.new_empty(N, dtype=torch.int64), logits_NV.new_empty(N, dtype=torch.float32)
+
+
+@torch.library.register_fake("nrt_fast::adamw")
+def adamw(*_) -> None:
+    pass
+
+
+@torch.library.register_fake("nrt_fast::grad_norm")
+def grad_norm(grad: Tensor) -> Tensor:
+    return grad.new_empty(())
+
+
+@torch.library.register_fake("nrt_fast::linear_logprob")
+def linear_logprob(hidden_ND: Tensor, *_) -> Tensor:
+    return hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+
+
+@torch.library.register_fake("nrt_fast::linear_logprob_stats")
+def linear_logprob_stats(hidden_ND: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.register_fake("nrt_fast::linear_logprob_loss")
+def linear_logprob_loss(hidden_ND: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = hidden_ND.new_empty((), dtype=torch.float32)
+    logprob_N, entropy_N = (hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(2))
+    return loss, logprob_N, entropy_N, hidden_ND.new_empty(hidden_ND.shape)
+
+
+# Their results never require a gradient, even of operands that do.
+_not_differentiable = torch.library.Library("nrt_fast", "IMPL")
+for _name in ("linear_logprob", "linear_logprob_stats", "linear_logprob_loss"):
+    _not_differentiable.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+@torch.library.register_fake("nrt_fast::prefix_attention")
+def prefix_attention(q_THE, *_, **__):
+    return q_THE.new_empty(q_THE.shape)
+
+
+@torch.library.register_fake("nrt_fast::aggregate_rewards")
+def aggregate_rewards(
+    logc_C: Tensor, logb_A: Tensor, closed_N: Tensor, cu_answers: Tensor, *_
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    N, P = closed_N.shape[0], cu_answers.shape[0] - 1
+    reward_N, shaped_N, advantage_N = (logc_C.new_empty(N) for _ in range(3))
+    signal_P = closed_N.new_empty(P)
+    return reward_N, logc_C.new_empty(P), shaped_N, advantage_N, signal_P, logc_C.new_empty(logc_C.shape[0])
