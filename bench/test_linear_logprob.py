@@ -64,7 +64,7 @@ def reset_peak(device):
 def test_memory(dtype, device):
     """At most 64 MiB above the inputs; the logits would take 250."""
     inputs = make_inputs(device, dtype)
-    ops.linear_logprob(*(x[:64] for x in inputs[:1]), inputs[1], inputs[2][:64])  # code and thread pools
+    ops.linear_logprob(inputs[0][:64], inputs[1], inputs[2][:64])  # code and thread pools
     reset_peak(device)
     before = peak_bytes(device)
     ops.linear_logprob(*inputs)

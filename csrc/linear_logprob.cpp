@@ -168,7 +168,8 @@ class Gradients {
 
   void pack_hidden(const Chunk<T>& chunk, const Parallel& parallel);
   void differentiate(const Chunk<T>& chunk, int64_t tile, const float* logits, Scratch& scratch) const;
-  void add_tile(const Chunk<T>& chunk, int64_t tile, bool add, Scratch& scratch, float* grad_hidden, float* grad_weight);
+  void add_tile(
+      const Chunk<T>& chunk, int64_t tile, bool add, Scratch& scratch, float* grad_hidden, float* grad_weight);
   void reduce(const Chunk<T>& chunk, const Parallel& parallel, T* grad_hidden) const;
   bool active(int64_t row) const { return by_logprob()[row] != 0.0f || by_entropy()[row] != 0.0f; }
 

@@ -1,5 +1,6 @@
 // Matrix products of cache-sized tiles, C (+)= A B with B packed into panels, free of torch. Elements are fp32, or bf16
-// in uint16_t; sums are fp32. An element of C depends on its row of A and its column of B alone, not on the tiles' size.
+// in uint16_t; sums are fp32. An element of C depends on its row of A and its column of B alone, not on their
+// neighbours.
 #pragma once
 
 #include <algorithm>
