@@ -16,7 +16,7 @@ demo: $(VENV)/installed  ## Install, then train the starter model on the built-i
 	$(BIN)/nrt-fast train
 
 test: $(VENV)/installed-test  ## Install with what the tests need, then run them
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: build/bench.json  ## Time our ops beside their peers; fails if one became slower
 	$(BIN)/python bench/gate.py build/bench.json

@@ -57,6 +57,16 @@ def test_error_is_that_of_fp32_pytorch(N, V, place):
         assert_error_is_that_of_pytorch(our, plain, exact)
 
 
+@pytest.mark.parametrize("V", [32_000, 32_768, 129_920])
+def test_vocabularies_of_real_models(V, place):
+    """The last column is the likeliest: one left out would show, and one too many, whose logit is 0, still more."""
+    device, dtype = place
+    hidden, weight = torch.zeros(2, 8, device=device, dtype=dtype), torch.zeros(V, 8, device=device, dtype=dtype)
+    hidden[:, 0], weight[:, 0], weight[-1, 0] = 1, -20, -10
+    target = torch.tensor([0, V - 1], device=device)
+    assert_exact(ops.linear_logprob_stats(hidden, weight, target), exact_stats(hidden, weight, target), 2e-5)
+
+
 def test_logits_are_not_rounded_to_the_operands_dtype(place):
     """bf16 logits around 20 are up to 0.06 off."""
     device, dtype = place

@@ -72,6 +72,18 @@ def test_a_row_longer_than_a_block(device):
     torch.testing.assert_close(gradient.double(), true_gradient, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("V", [32_000, 32_768, 128_256, 129_920, 151_936])
+def test_vocabularies_of_real_models(V, device):
+    """Most are no multiple of a block; a column too many or too few would move the log-probability."""
+    logits, _, inv_temperature = make_inputs(2, V, torch.float32, device)
+    arguments = (logits, torch.tensor([0, V - 1], device=device), inv_temperature)
+    with ops.use("triton"):
+        ours = logprob_and_gradient(ops.logsoftmax_gather, *arguments)
+    exact = logprob_and_gradient(oracle, logits.double(), *arguments[1:])
+    for our, true in zip(ours, exact, strict=True):
+        torch.testing.assert_close(our.double(), true, rtol=1e-6, atol=2e-5)
+
+
 def test_temperature_is_one_unless_given(backend, device):
     logits, target, _ = make_inputs(6, 257, torch.float32, device)
     ones = torch.ones(6, device=device)

@@ -46,6 +46,25 @@ def test_equals_torch_in_fp32(max_grad_norm):
     torch.testing.assert_close(flat, torch.cat(parts).detach(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_and_state_never_move(dtype):
+    """A captured CUDA graph reads the addresses it has seen: steps and checkpoints write in place."""
+    weights, gradients = random_start()
+    flat = weights.to(dtype, copy=True)
+    optimizer = AdamW(flat, (), NUM_DECAYED, **HYPER)
+
+    def addresses():
+        tensors = {"weights": optimizer.flat, "grad": optimizer.grad, **optimizer.state()}
+        return {name: tensor.data_ptr() for name, tensor in tensors.items() if name != "num_steps"}
+
+    before = addresses()
+    optimizer.grad.copy_(next(gradients))
+    optimizer.step(1e-2, 1.0)
+    optimizer.load_state({name: tensor.clone() for name, tensor in optimizer.state().items()})
+    assert addresses() == before
+    assert not torch.equal(flat, weights.to(dtype))
+
+
 def test_bfloat16_follows_an_fp32_master_bit_for_bit():
     weights, gradients = random_start()
     master, half = weights.bfloat16().float(), weights.bfloat16()
