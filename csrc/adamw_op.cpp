@@ -17,6 +17,7 @@ using nrt_fast::checked;
 using nrt_fast::empty;
 using nrt_fast::ScalarType;
 using nrt_fast::Tensor;
+using nrt_fast::uncopied;
 
 // Tasks are whole blocks, so what is rounded with what does not depend on the number of threads.
 constexpr int64_t BLOCK = 16384;
@@ -31,33 +32,24 @@ void for_each_block(int64_t size, const Function& function) {
   });
 }
 
-// What is written in place must not be a copy.
-const Tensor& in_place(const char* name, const Tensor& tensor, ScalarType dtype, int64_t size) {
-  if (!tensor.is_contiguous()) {
-    throw std::invalid_argument(std::string(name) + ": expected contiguous memory");
-  }
-  checked(name, tensor, dtype, {size});
-  return tensor;
-}
-
 void adamw(
     const Tensor& weight, std::optional<Tensor> remainder, const Tensor& grad, const Tensor& first,
     const Tensor& second, double lr, std::vector<double> betas, double eps, double weight_decay, int64_t num_decayed,
     int64_t step, const Tensor& grad_scale) {
   const int64_t size = grad.numel();
-  in_place("grad", grad, ScalarType::Float, size);
-  in_place("first", first, ScalarType::Float, size);
-  in_place("second", second, ScalarType::Float, size);
+  uncopied("grad", grad, ScalarType::Float, {size});
+  uncopied("first", first, ScalarType::Float, {size});
+  uncopied("second", second, ScalarType::Float, {size});
   nrt_fast::AdamwTensors tensors{
       nullptr, nullptr, nullptr, grad.mutable_data_ptr<float>(), first.mutable_data_ptr<float>(),
       second.mutable_data_ptr<float>()};
   if (remainder) {
-    in_place("weight", weight, ScalarType::BFloat16, size);
-    in_place("remainder", *remainder, ScalarType::Short, size);
+    uncopied("weight", weight, ScalarType::BFloat16, {size});
+    uncopied("remainder", *remainder, ScalarType::Short, {size});
     tensors.high = static_cast<uint16_t*>(weight.mutable_data_ptr());
     tensors.low = remainder->mutable_data_ptr<int16_t>();
   } else {
-    in_place("weight", weight, ScalarType::Float, size);
+    uncopied("weight", weight, ScalarType::Float, {size});
     tensors.weight = weight.mutable_data_ptr<float>();
   }
   const nrt_fast::AdamwFactors factors{

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 #include <string>
 #include <type_traits>
+
+#include "check.h"
+#include "vector_math.h"
 
 namespace nrt_fast {
 namespace {
@@ -29,6 +31,8 @@ struct RowState {
   int64_t* end;  // [rows] one past its last
 };
 
+// VECTOR_CLONES would not do: it copies a function whose vectors GCC has already cut down to what every CPU has, and the
+// tiles here are made of whole registers.
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
@@ -67,30 +71,12 @@ AttendTile attend_tile_here() {
   return baseline::attend_tile;
 }
 
-[[noreturn]] void fail(const std::string& message) {
-  throw std::invalid_argument(message);
-}
-
-std::string at(const std::string& name, int64_t index, int64_t value) {
-  return name + "[" + std::to_string(index) + "] = " + std::to_string(value);
-}
-
-void check_offsets(
-    const char* name, const int32_t* offsets, int64_t count, int64_t total, const char* limit_name, int64_t limit) {
-  if (offsets[0] != 0) {
-    fail(at(name, 0, offsets[0]) + ": expected 0");
-  }
+void check_lengths(const char* name, const int32_t* offsets, int64_t count, const char* limit_name, int64_t limit) {
   for (int64_t i = 1; i <= count; ++i) {
-    if (offsets[i] < offsets[i - 1]) {
-      fail(at(name, i, offsets[i]) + ": expected at least " + std::to_string(offsets[i - 1]));
-    }
     if (offsets[i] - offsets[i - 1] > limit) {
       fail(at(name, i, offsets[i]) + " - " + std::to_string(offsets[i - 1]) + ": expected at most " + limit_name + " = " +
            std::to_string(limit));
     }
-  }
-  if (offsets[count] != total) {
-    fail(at(name, count, offsets[count]) + ": expected " + std::to_string(total));
   }
 }
 
@@ -115,8 +101,10 @@ void check_attention(const AttentionInput& input) {
     fail(std::to_string(input.num_heads) + " query heads: expected a multiple of the " +
          std::to_string(input.num_kv_heads) + " key heads");
   }
-  check_offsets("cu_q", input.cu_q, input.num_rows, input.num_tokens, "max_q", input.max_q);
-  check_offsets("cu_rows", input.cu_rows, input.num_groups, input.num_rows, "max_rows", input.max_rows);
+  check_offsets("cu_q", input.cu_q, input.num_rows, input.num_tokens);
+  check_lengths("cu_q", input.cu_q, input.num_rows, "max_q", input.max_q);
+  check_offsets("cu_rows", input.cu_rows, input.num_groups, input.num_rows);
+  check_lengths("cu_rows", input.cu_rows, input.num_groups, "max_rows", input.max_rows);
   for (int64_t group = 0; group < input.num_groups; ++group) {
     check_pages("prefix", input.prefix, group, 0);
   }

@@ -13,14 +13,7 @@ namespace {
 using nrt_fast::checked;
 using nrt_fast::ScalarType;
 using nrt_fast::Tensor;
-
-// The cache itself, never a copy of it.
-const void* cache(const char* name, const Tensor& pages, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  if (!pages.is_contiguous()) {
-    throw std::invalid_argument(std::string(name) + ": expected contiguous memory");
-  }
-  return checked(name, pages, dtype, shape).const_data_ptr();
-}
+using nrt_fast::uncopied;
 
 Tensor prefix_attention(
     const Tensor& q_THE, const Tensor& prefix_k_NKSE, const Tensor& prefix_v_NKSE, const Tensor& prefix_pages_PX,
@@ -46,10 +39,11 @@ Tensor prefix_attention(
   const Tensor offsets_rows = checked("cu_rows", cu_rows, ScalarType::Int, {P + 1});
   const nrt_fast::AttentionInput input{
       q.const_data_ptr(), dtype == ScalarType::BFloat16,
-      {cache("prefix_k_NKSE", prefix_k_NKSE, dtype, {N, K, S, E}),
-       cache("prefix_v_NKSE", prefix_v_NKSE, dtype, {N, K, S, E}), N, S, prefix_pages.const_data_ptr<int32_t>(),
-       prefix_pages.size(1), prefix_lens.const_data_ptr<int32_t>()},
-      {cache("own_k_MKZE", own_k_MKZE, dtype, {M, K, Z, E}), cache("own_v_MKZE", own_v_MKZE, dtype, {M, K, Z, E}), M, Z,
+      {uncopied("prefix_k_NKSE", prefix_k_NKSE, dtype, {N, K, S, E}).const_data_ptr(),
+       uncopied("prefix_v_NKSE", prefix_v_NKSE, dtype, {N, K, S, E}).const_data_ptr(), N, S,
+       prefix_pages.const_data_ptr<int32_t>(), prefix_pages.size(1), prefix_lens.const_data_ptr<int32_t>()},
+      {uncopied("own_k_MKZE", own_k_MKZE, dtype, {M, K, Z, E}).const_data_ptr(),
+       uncopied("own_v_MKZE", own_v_MKZE, dtype, {M, K, Z, E}).const_data_ptr(), M, Z,
        own_pages.const_data_ptr<int32_t>(), own_pages.size(1), own_lens.const_data_ptr<int32_t>()},
       offsets_q.const_data_ptr<int32_t>(), offsets_rows.const_data_ptr<int32_t>(), q.size(0), B, P, q.size(1), K, E,
       max_q, max_rows, window.value_or(0),

@@ -1,27 +1,21 @@
 #include "pack.h"
 
-#include "pack_gather.h"
 
 #include <algorithm>
 #include <limits>
 #include <numeric>
 #include <set>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "check.h"
+#include "pack_gather.h"
+#include "vector_clones.h"
+
 namespace nrt_fast {
 namespace {
-
-[[noreturn]] void fail(const std::string& message) {
-  throw std::invalid_argument(message);
-}
-
-std::string at(const char* name, int64_t index, int64_t value) {
-  return std::string(name) + "[" + std::to_string(index) + "] = " + std::to_string(value);
-}
 
 struct Entry {
   int64_t prompt, first, end;
@@ -30,20 +24,6 @@ struct Entry {
 Entry entry_at(const PackInput& input, int64_t index) {
   const int64_t* entry = input.entries + 3 * index;
   return {entry[0], entry[1], entry[2]};
-}
-
-void check_offsets(const char* name, const int64_t* offsets, int64_t num_spans) {
-  if (num_spans < 0) {
-    fail(std::string(name) + " is empty: expected at least the offset 0");
-  }
-  if (offsets[0] != 0) {
-    fail(at(name, 0, offsets[0]) + ": expected 0");
-  }
-  for (int64_t i = 1; i <= num_spans; ++i) {
-    if (offsets[i] < offsets[i - 1]) {
-      fail(at(name, i, offsets[i]) + ": expected at least " + std::to_string(offsets[i - 1]));
-    }
-  }
 }
 
 void check_entry(const PackInput& input, int64_t index) {
@@ -67,10 +47,7 @@ void check_entry(const PackInput& input, int64_t index) {
 }
 
 // first, first + 1, ...
-#if defined(__x86_64__) && defined(__gnu_linux__)
-__attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
-void count_up(int64_t* out, int64_t length, int64_t first) {
+VECTOR_CLONES void count_up(int64_t* out, int64_t length, int64_t first) {
   for (int64_t i = 0; i < length; ++i) {
     out[i] = first + i;
   }

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "vector_clones.h"
+#include "vector_math.h"
 
 namespace nrt_fast {
 namespace {
@@ -18,12 +18,6 @@ ALWAYS_INLINE Vector load(const void* source) {
   Vector vector;
   std::memcpy(&vector, source, sizeof vector);
   return vector;
-}
-
-ALWAYS_INLINE float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
 }
 
 // sum[r, v] += A[r, k] B[k, v] over the k of one word.
@@ -45,8 +39,8 @@ ALWAYS_INLINE void add_word(const uint16_t* A, int64_t lda, const uint16_t* B, F
     const Floats low = reinterpret_cast<Floats>(pairs << 16), high = reinterpret_cast<Floats>(pairs & 0xffff0000u);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) {
-      sum[r][v] += as_float(uint32_t{A[r * lda]} << 16) * low;
-      sum[r][v] += as_float(uint32_t{A[r * lda + 1]} << 16) * high;
+      sum[r][v] += from_bf16(A[r * lda]) * low;
+      sum[r][v] += from_bf16(A[r * lda + 1]) * high;
     }
   }
 }

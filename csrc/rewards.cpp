@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <initializer_list>
 #include <limits>
-#include <stdexcept>
 #include <vector>
 
-#include "vector_clones.h"
+#include "check.h"
+#include "vector_math.h"
 
 namespace nrt_fast {
 
@@ -19,14 +18,6 @@ namespace {
 
 constexpr float MIN_LOG_B = -20.0f;
 constexpr int64_t LANES = 32;
-
-[[noreturn]] void fail(const std::string& message) {
-  throw std::invalid_argument(message);
-}
-
-std::string at(const char* name, int64_t index, int64_t value) {
-  return std::string(name) + "[" + std::to_string(index) + "] = " + std::to_string(value);
-}
 
 template <typename Choice>
 Choice choice_of(const char* name, const std::string& value, std::initializer_list<const char*> allowed) {
@@ -41,62 +32,9 @@ Choice choice_of(const char* name, const std::string& value, std::initializer_li
   fail(message + ", got " + value);
 }
 
-void check_offsets(const char* name, const int64_t* offsets, int64_t num_spans, int64_t total) {
-  if (offsets[0] != 0) {
-    fail(at(name, 0, offsets[0]) + ": expected 0");
-  }
-  for (int64_t i = 1; i <= num_spans; ++i) {
-    if (offsets[i] < offsets[i - 1]) {
-      fail(at(name, i, offsets[i]) + ": expected at least " + std::to_string(offsets[i - 1]));
-    }
-  }
-  if (offsets[num_spans] != total) {
-    fail(at(name, num_spans, offsets[num_spans]) + ": expected " + std::to_string(total));
-  }
-}
-
-ALWAYS_INLINE uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-
-ALWAYS_INLINE float power_of_two(int32_t n) {
-  const uint32_t bits = (static_cast<uint32_t>(n) + 127u) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return power;
-}
-
-// exp(x) to about a unit in the last place, in operations that vectorise: 2^n times the series of the rest. NaN stays.
-ALWAYS_INLINE float exp_of(float x) {
-  x = x < -150.0f ? -150.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 2^23: the low bits hold the integer part
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float series = 1.0f / 5040;
-  series = series * r + 1.0f / 720;
-  series = series * r + 1.0f / 120;
-  series = series * r + 1.0f / 24;
-  series = series * r + 1.0f / 6;
-  series = series * r + 0.5f;
-  series = series * r + 1.0f;
-  series = series * r + 1.0f;
-  // 2^n in two factors: a result may be below the smallest normal number.
-  const int32_t exponent = static_cast<int32_t>(bits_of(shifted) - 0x4b400000u);
-  const int32_t half = exponent >> 1;
-  return series * power_of_two(half) * power_of_two(exponent - half);
-}
-
 inline float clamped(float logb) {
   logb = logb < MIN_LOG_B ? MIN_LOG_B : logb;
   return logb > 0.0f ? 0.0f : logb;
-}
-
-// Not std::max, which would lose a NaN.
-inline double at_least(double x, double low) {
-  return x < low ? low : x;
 }
 
 // How the answer tokens of one prompt add up to R; buffers serve prompt after prompt.

@@ -27,9 +27,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> aggregate_rewards(
   const Tensor logb = checked("logb_A", logb_A, ScalarType::Float, {-1});
   const Tensor closed = checked("closed_N", closed_N, ScalarType::Bool, {-1});
   const Tensor answers = checked("cu_answers", cu_answers, ScalarType::Long, {-1});
-  if (answers.numel() == 0) {
-    throw std::invalid_argument("cu_answers is empty: expected at least the offset 0");
-  }
   const Tensor groups = checked("cu_groups", cu_groups, ScalarType::Long, {answers.numel()});
   const Tensor scores = checked("cu_scores", cu_scores, ScalarType::Long, {answers.numel()});
   const int64_t P = answers.numel() - 1, N = closed.numel(), C = logc.numel();

@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "vector_clones.h"
+#include "vector_math.h"
 
 namespace nrt_fast {
 namespace {
@@ -20,33 +20,6 @@ struct Record {
   float drawn;
   double scale;  // of the sums in the row, once its peak is known
 };
-
-// -inf - -inf would be NaN.
-ALWAYS_INLINE float finite(float peak) {
-  return peak == -INFINITE ? 0.0f : peak;
-}
-
-// exp(x) for x <= 0, to 2 ulp: 2^n times a Taylor polynomial on |r| <= log(2) / 2. Under -87 it is 0, NaN stays NaN.
-ALWAYS_INLINE float exp_negative(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
-  const float n = shifted - 12582912.0f;
-  const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  float y = 1.0f / 5040;
-  y = y * r + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
-  uint32_t power, bits;
-  __builtin_memcpy(&power, &shifted, sizeof(power));  // its low bits hold the integer
-  __builtin_memcpy(&bits, &y, sizeof(bits));
-  bits += power << 23;
-  __builtin_memcpy(&y, &bits, sizeof(bits));
-  return x < -87.0f ? 0.0f : y;
-}
 
 ALWAYS_INLINE float peak_of(const float* x, int64_t size) {
   float peaks[LANES];
@@ -81,7 +54,7 @@ ALWAYS_INLINE float sum_of(const float* mass, int64_t size) {
 
 VECTOR_CLONES void write_masses(const float* x, int64_t size, float shift, float inv_temperature, float* mass) {
   for (int64_t i = 0; i < size; ++i) {
-    mass[i] = exp_negative((x[i] - shift) * inv_temperature);
+    mass[i] = exp_of((x[i] - shift) * inv_temperature);
   }
 }
 
@@ -95,7 +68,7 @@ VECTOR_CLONES void cut_masses(const float* x, int64_t size, float floor, float* 
 VECTOR_CLONES Record record_of(const float* x, int64_t size, float inv_temperature, const float* floor) {
   float mass[BLOCK];
   const float peak = peak_of(x, size);
-  write_masses(x, size, finite(peak), inv_temperature, mass);
+  write_masses(x, size, finite_peak(peak), inv_temperature, mass);
   std::fill(mass + size, mass + (size + LANES - 1) / LANES * LANES, 0.0f);
   const float total = sum_of(mass, size);
   if (floor) {

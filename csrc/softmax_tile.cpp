@@ -5,43 +5,13 @@
 #include <limits>
 
 #include "panel_gemm.h"
-#include "vector_clones.h"
+#include "vector_math.h"
 
 namespace nrt_fast {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = -200.0f;  // exp of it is 0, and it times 0 is 0, unlike -inf times 0
-
-// exp(x) for x <= 0 within 1.1 ulp: 2^n times a polynomial on |r| <= log(2) / 2. Below -87 it is 0; NaN stays NaN.
-ALWAYS_INLINE float exp_negative(float x) {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
-  const float shifted = x * 1.44269504f + kShift;
-  const float n = shifted - kShift;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float y = 1.98756915e-4f;
-  y = y * r + 1.39819995e-3f;
-  y = y * r + 8.33345205e-3f;
-  y = y * r + 4.16657962e-2f;
-  y = y * r + 1.66666655e-1f;
-  y = y * r + 5.00000012e-1f;
-  y = y * r * r + r + 1.0f;
-  uint32_t shift, bits;
-  std::memcpy(&shift, &shifted, sizeof shift);
-  std::memcpy(&bits, &y, sizeof bits);
-  bits += shift << 23;
-  std::memcpy(&y, &bits, sizeof y);
-  return x < -87.0f ? 0.0f : y;
-}
-
-ALWAYS_INLINE float at_least(float x, float least) {
-  return x < least ? least : x;
-}
-
-// -inf - -inf would be NaN.
-ALWAYS_INLINE float finite_peak(float peak) {
-  return peak == -kInfinity ? 0.0f : peak;
-}
 
 // Kahan's sum, per lane: many small terms beside one near 1 would all be rounded the same way.
 struct Compensated {
@@ -57,13 +27,6 @@ struct Compensated {
     }
   }
 };
-
-ALWAYS_INLINE uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
-}
 
 typedef uint32_t Words __attribute__((vector_size(16)));
 
@@ -118,7 +81,7 @@ VECTOR_CLONES void reduce_tile(
     for (int64_t v = block; v < std::min(num_rows, block + kBlock); ++v) {
       for (int64_t n = 0; n < kPanel; ++n) {
         const float x = tile[v * kPanel + n] * scale[n] - peak[n];
-        const float p = exp_negative(x);
+        const float p = exp_of(x);
         total[n] += p;
         moment[n] += at_least(x, kLowest) * p;
       }
@@ -143,7 +106,7 @@ VECTOR_CLONES void merge_tiles(
   for (int64_t t = 0; t < num_tiles; ++t) {
     for (int64_t n = 0; n < kPanel; ++n) {
       const float ahead = tiles.peak[t * stride + n] - finite_peak(peak[n]);
-      const float weight = exp_negative(ahead);
+      const float weight = exp_of(ahead);
       const float part = tiles.total[t * stride + n];
       total[n] = weight * part;
       moment[n] = weight * (tiles.moment[t * stride + n] + at_least(ahead, kLowest) * part);
@@ -170,7 +133,7 @@ VECTOR_CLONES void gradient_tile(const float* tile, int64_t num_rows, const Loss
     for (int64_t n = 0; n < kPanel; ++n) {
       const float log_p = (tile[v * kPanel + n] * scale[n] - peak[n]) - logsum[n];
       const float by_x = by_logprob[n] + by_entropy[n] * (at_least(log_p, kLowest) + entropy[n]);
-      const float g = -scale[n] * (exp_negative(log_p) * by_x);
+      const float g = -scale[n] * (exp_of(log_p) * by_x);
       gradient[v * kPanel + n] = by_logprob[n] == 0.0f && by_entropy[n] == 0.0f ? 0.0f : g;
     }
   }

@@ -47,6 +47,16 @@ inline Tensor checked(const char* name, const Tensor& tensor, ScalarType dtype, 
   throw std::invalid_argument(message.str() + "]");
 }
 
+// The same of the tensor itself, which is written in place or too large to copy.
+inline const Tensor& uncopied(
+    const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  if (!tensor.is_contiguous()) {
+    throw std::invalid_argument(std::string(name) + ": expected contiguous memory");
+  }
+  checked(name, tensor, dtype, shape);
+  return tensor;
+}
+
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }

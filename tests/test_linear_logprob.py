@@ -64,7 +64,7 @@ def test_vocabularies_of_real_models(V, place):
     hidden, weight = torch.zeros(2, 8, device=device, dtype=dtype), torch.zeros(V, 8, device=device, dtype=dtype)
     hidden[:, 0], weight[:, 0], weight[-1, 0] = 1, -20, -10
     target = torch.tensor([0, V - 1], device=device)
-    assert_exact(ops.linear_logprob_stats(hidden, weight, target), exact_stats(hidden, weight, target), 2e-5)
+    assert_exact(ops.linear_logprob_stats(hidden, weight, target), exact_stats(hidden, weight, target), 1e-3)
 
 
 def test_logits_are_not_rounded_to_the_operands_dtype(place):

@@ -2,21 +2,13 @@
 #include "../adamw.h"
 
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <vector>
 
+#include "expect.h"
+
 namespace {
-
-int num_failures = 0;
-
-void expect(bool condition, const char* what) {
-  if (!condition) {
-    std::printf("FAILED: %s\n", what);
-    ++num_failures;
-  }
-}
 
 struct State {
   std::vector<float> weight, grad, first, second;
@@ -93,6 +85,5 @@ int main() {
   test_update();
   test_nan_scale();
   test_norm();
-  std::printf("%d failures\n", num_failures);
-  return num_failures;
+  return failures();
 }

@@ -2,12 +2,13 @@
 #include "../linear_logprob.h"
 
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <thread>
 #include <vector>
+
+#include "expect.h"
 
 namespace {
 
@@ -16,15 +17,6 @@ using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-int num_failures = 0;
-
-void expect(bool condition, const char* what) {
-  if (!condition) {
-    std::printf("FAILED: %s\n", what);
-    ++num_failures;
-  }
-}
 
 // The error of every element against the largest one.
 void expect_close(const Floats& ours, const Doubles& exact, double tolerance, const char* what) {
@@ -283,6 +275,5 @@ int main() {
   test_hostile_values();
   test_a_token_without_gradient_leaves_no_trace();
   test_token_loss();
-  std::printf("%d failures\n", num_failures);
-  return num_failures;
+  return failures();
 }

@@ -3,31 +3,13 @@
 #include "../pack_gather.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <stdexcept>
 #include <vector>
+
+#include "expect.h"
 
 namespace {
 
 using Ints = std::vector<int64_t>;
-
-int num_failures = 0;
-
-void expect(bool condition, const char* what) {
-  if (!condition) {
-    std::printf("FAILED: %s\n", what);
-    ++num_failures;
-  }
-}
-
-template <typename Function>
-void expect_invalid(Function function, const char* what) {
-  try {
-    function();
-    expect(false, what);
-  } catch (const std::invalid_argument&) {
-  }
-}
 
 Ints bins(const Ints& costs, int64_t budget) {
   Ints result(costs.size());
@@ -129,6 +111,5 @@ int main() {
   test_index();
   test_bad_index();
   test_gather();
-  std::printf("%d failures\n", num_failures);
-  return num_failures;
+  return failures();
 }

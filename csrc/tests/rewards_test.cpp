@@ -2,25 +2,16 @@
 #include "../rewards.h"
 
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <memory>
-#include <stdexcept>
 #include <vector>
+
+#include "expect.h"
 
 namespace {
 
 using Floats = std::vector<float>;
 using Ints = std::vector<int64_t>;
-
-int num_failures = 0;
-
-void expect(bool condition, const char* what) {
-  if (!condition) {
-    std::printf("FAILED: %s\n", what);
-    ++num_failures;
-  }
-}
 
 bool near(const Floats& ours, const std::vector<double>& expected) {
   bool all = ours.size() == expected.size();
@@ -124,15 +115,6 @@ void test_hostile() {
   expect(aggregate(choose("gm"), {}, {}, {0}, {0}, {0}).base.empty(), "no prompt at all");
 }
 
-template <typename Function>
-void expect_invalid(Function function, const char* what) {
-  try {
-    function();
-    expect(false, what);
-  } catch (const std::invalid_argument&) {
-  }
-}
-
 void test_bad_input() {
   expect_invalid([] { choose("best"); }, "an unknown reward");
   expect_invalid([] { aggregate(choose("am"), LOGC, LOGB, {1, 2, 3, 4}, CU_GROUPS, CU_SCORES); }, "not from 0");
@@ -148,5 +130,5 @@ int main() {
   test_shapes();
   test_hostile();
   test_bad_input();
-  return num_failures;
+  return failures();
 }

@@ -2,23 +2,15 @@
 #include "../sample.h"
 
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <vector>
+
+#include "expect.h"
 
 namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr double JUST_UNDER_1 = 1.0 - 0x1p-53;
-
-int num_failures = 0;
-
-void expect(bool condition, const char* what) {
-  if (!condition) {
-    std::printf("FAILED: %s\n", what);
-    ++num_failures;
-  }
-}
 
 struct Draw {
   int64_t id;
@@ -84,6 +76,5 @@ int main() {
   test_greedy();
   test_floor();
   test_rows_without_a_distribution();
-  std::printf("%d failures\n", num_failures);
-  return num_failures;
+  return failures();
 }
