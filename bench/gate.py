@@ -4,9 +4,8 @@
     python bench/gate.py RUN.json --write      make this run the committed one
 
 RUN.json is pytest-benchmark's. A ratio is our time over a peer's (or over the bare matrix product's) from one run, so
-it hardly depends on the machine: it may rise by THRESHOLD over the committed value, which is about twice the spread of
-repeated runs on two shared cores. Absolute times are compared only on the machine of the committed run (processor,
-cores, torch), with ABSOLUTE_THRESHOLD.
+it depends on the machine far less than the times do; it may rise to THRESHOLD times the committed value. Absolute times
+are compared only on the machine of the committed run (processor, cores, torch), with ABSOLUTE_THRESHOLD.
 """
 
 import argparse
