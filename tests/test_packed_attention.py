@@ -144,7 +144,9 @@ def assert_equals_one_sequence_at_a_time(rung, name, heads, window, dtype=torch.
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_plain_equals_one_sequence_at_a_time(name, heads, window):
+@pytest.mark.parametrize("max_dense_tokens", [0, 384], ids=["by segment", "by group"])
+def test_plain_equals_one_sequence_at_a_time(name, heads, window, max_dense_tokens, monkeypatch):
+    monkeypatch.setattr("nrt_fast.packed_attention.plain.MAX_DENSE_TOKENS", max_dense_tokens)
     assert_equals_one_sequence_at_a_time("plain", name, HEADS[heads], window)
 
 
