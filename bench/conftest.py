@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from timing import interleaved
+import transformers
+from timing import WARMUP_ROUNDS, interleaved
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["torch"] = torch.__version__
+    machine_info["transformers"] = transformers.__version__
 
 
 @pytest.fixture
@@ -42,12 +44,16 @@ def compare(benchmark):
 
     The first contender is ours. Its time over each other's is kept as ``extra_info["ratios"]``, below 1 where we are
     faster, and guarded by bench/gate.py.
+    Contenders of seconds need few rounds; ``clock`` stands in for the time of a whole call.
     """
 
-    def compare(contenders: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-        medians = interleaved(contenders, DEVICE, rounds)
+    def compare(
+        contenders: dict[str, Callable[[], object]], rounds: int = 15, warmup_rounds: int = WARMUP_ROUNDS,
+        clock: Callable[[], float] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        medians = interleaved(contenders, DEVICE, rounds, warmup_rounds, clock)
         ours, *peers = medians
-        benchmark.pedantic(contenders[ours], rounds=3)
+        benchmark.pedantic(contenders[ours], rounds=min(3, max(1, rounds // 3)))
         benchmark.extra_info["median_us"] = {name: round(1e6 * seconds, 1) for name, seconds in medians.items()}
         benchmark.extra_info["ratios"] = {peer: round(medians[ours] / medians[peer], 4) for peer in peers}
         print("".join(f"\n{1e6 * seconds:12.1f} us  {name}" for name, seconds in medians.items()))

@@ -5,7 +5,7 @@
 
 RUN.json is pytest-benchmark's. A ratio is our time over a peer's (or over the bare matrix product's) from one run, so
 it depends on the machine far less than the times do; it may rise to THRESHOLD times the committed value. Absolute times
-are compared only on the machine of the committed run (processor, cores, torch), with ABSOLUTE_THRESHOLD.
+are compared only on the machine of the committed run (processor, cores, versions), with ABSOLUTE_THRESHOLD.
 """
 
 import argparse
@@ -27,7 +27,8 @@ def summary(run: dict) -> dict:
             benchmarks[entry["fullname"]] = {"ratios": ratios, "median_us": next(iter(medians.values()))}
     names = ("brand_raw", "count")
     return {
-        "machine": {name: machine["cpu"].get(name) for name in names} | {"torch": machine["torch"]},
+        "machine": {name: machine["cpu"].get(name) for name in names}
+        | {package: machine.get(package) for package in ("torch", "transformers")},
         "benchmarks": dict(sorted(benchmarks.items())),
     }
 

@@ -4,7 +4,8 @@
     python bench/gpu_suite.py --device cpu --quick                 the same code at tiny shapes, to test it
 
 Errors are measured against fp64 and may be twice those of PyTorch's expression in the same dtype, plus ATOL. A section
-of gpu_sections.py whose check fails is not timed; one that raises or runs out of its time is recorded and left. Peers
+of gpu_sections.py or gpu_engine.py whose check fails is not timed; one that raises or runs out of its time is recorded
+and left; all of it stays within nine minutes. Name sections to have them alone, such as engine_8b. Peers
 (Liger, cut-cross-entropy, TRL, xformers) are timed where they can be imported: add a folder of unpacked wheels with
 --peers. Exit code 1 if a check failed or a section raised.
 """
@@ -26,7 +27,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from timing import copy_bandwidth, interleaved
+from timing import WARMUP_ROUNDS, copy_bandwidth, interleaved
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,9 +70,16 @@ class Suite:
         error = 1.0 - float((ours == expected).double().mean())
         self.record(kind="check", name=name, error=error, allowed=1.0 - share, passed=error <= 1.0 - share)
 
+    def check_close(self, name: str, ours: Tensor, theirs: Tensor, allowed: float, mean: bool = False) -> None:
+        """Largest difference, or the mean one, of two ways to compute the same numbers."""
+        difference = (ours.double().cpu() - theirs.double().cpu()).abs()
+        error = float(difference.mean() if mean else difference.max())
+        self.record(kind="check", name=name, error=error, allowed=allowed, passed=error <= allowed)
+
     def compare(
         self, name: str, contenders: dict[str, Callable[[], object]], peers: dict[str, Callable] | None = None,
-        floor_seconds: float | None = None, rounds: int = 15,
+        floor_seconds: float | None = None, rounds: int = 15, warmup_rounds: int = WARMUP_ROUNDS,
+        clock: Callable[[], float] | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """Median seconds, by turns; the first contender is ours. ``peers`` build their call, or raise and are noted."""
         failed = [r["name"] for r in self.records if r["section"] == self.section and r.get("passed") is False]
@@ -86,7 +94,8 @@ class Suite:
                 contenders[peer] = call
             except Exception as error:
                 self.record(kind="note", name=f"{name}: {peer}", text=f"{type(error).__name__}: {error}"[:300])
-        seconds = interleaved(contenders, self.device, 2 if self.quick else rounds)
+        rounds, warmup_rounds = (1, 0) if self.quick else (rounds, warmup_rounds)
+        seconds = interleaved(contenders, self.device, rounds, warmup_rounds, clock)
         ours = next(iter(seconds.values()))
         self.record(
             kind="time", name=name, us={who: round(1e6 * value, 2) for who, value in seconds.items()},
@@ -94,6 +103,15 @@ class Suite:
             floor_us=None if floor_seconds is None else round(1e6 * floor_seconds, 2),
         )  # fmt: skip
         return seconds
+
+    def record_speed(self, name: str, tokens_per_second: dict[str, float], roofline: float) -> None:
+        """Decoded tokens a second; the first is ours, ``roofline`` what the device could decode."""
+        ours = next(iter(tokens_per_second.values()))
+        rounded = {who: round(value, 1) for who, value in tokens_per_second.items()}
+        self.record(
+            kind="speed", name=name, tokens_per_second=rounded, roofline=round(roofline, 1),
+            of_roofline=round(ours / roofline, 4),
+        )  # fmt: skip
 
     def bytes_floor(self, *tensors: Tensor, times: float = 1.0) -> float:
         """Seconds to move these tensors once, or ``times``."""
@@ -177,6 +195,9 @@ def table(records: list[dict]) -> str:
             lines.append(f"{r['section']}: {r['name']}{floor}")
             ours = next(iter(r["us"].values()))
             lines += [f"  {us:12.1f} us  {us / ours:6.2f}x  {who}" for who, us in r["us"].items()]
+        if r["kind"] == "speed":
+            lines.append(f"{r['section']}: {r['name']}, {100 * r['of_roofline']:.1f}% of {r['roofline']:,.0f} tokens/s")
+            lines += [f"  {speed:12,.0f} tokens/s  {who}" for who, speed in r["tokens_per_second"].items()]
     checks = [r for r in records if r["kind"] == "check"]
     failed = [r for r in checks if not r["passed"]]
     lines.append(f"{len(checks)} checks, {len(failed)} failed")
@@ -187,7 +208,7 @@ def table(records: list[dict]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("sections", nargs="*", help="names of gpu_sections.py; all, if none is given")
+    parser.add_argument("sections", nargs="*", help="their names; all, if none is given")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--build", action="store_true", help="build the extension and use this source tree")
@@ -203,6 +224,10 @@ def main() -> int:
     from nrt_fast import ops
 
     suite = Suite(arguments.device, arguments.quick)
+    try:
+        import gpu_engine  # noqa: F401, adds its sections
+    except ImportError as error:  # it needs transformers
+        suite.record(kind="note", name="engine", text=f"not measured: {error}")
     for name, (section, seconds) in gpu_sections.SECTIONS.items():
         if arguments.sections and name not in arguments.sections:
             continue

@@ -1,4 +1,8 @@
-"""The element-wise ops of a decoder layer, forward and backward, beside torch.compile of the reference and Liger."""
+"""The element-wise ops of a decoder layer.
+
+On a GPU forward and backward, beside torch.compile of the reference and Liger; on a CPU forward alone, at the sizes of
+decoding, beside the reference.
+"""
 
 import importlib.util
 
@@ -8,7 +12,6 @@ import torch
 from nrt_fast import ops
 from nrt_fast.reference import layers
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the reference runs: nothing to compare")
 EPS = 1e-5
 
 
@@ -64,10 +67,13 @@ def liger(op):
     }[op]
 
 
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 def step(function, leaves, constants):
     """Outputs, and gradients for upstream gradients that equal them."""
-    outputs = function(*leaves, *constants)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = as_tuple(function(*leaves, *constants))
     return *outputs, *torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs])
 
 
@@ -79,6 +85,7 @@ def check(function, reference, leaves, constants):
         assert (our.double() - true).abs().max() <= 2 * (their.double() - true).abs().max() + 1e-5 * true.abs().max()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the reference runs: nothing to compare")
 @pytest.mark.parametrize("op", INPUTS)
 def test_forward_and_backward(op, compare, device):
     generator = torch.Generator(device).manual_seed(0)
@@ -94,3 +101,30 @@ def test_forward_and_backward(op, compare, device):
         functions["Liger"] = peer
     check(functions["ours"], reference, leaves, constants)
     compare({name: lambda f=function: step(f, leaves, constants) for name, function in functions.items()})
+
+
+def decoding_inputs(randn):
+    """Arguments of each op in a step of 64 rows: D = 512, F = 1360, 8 query and 4 key heads of 64."""
+    T, D, H, K, E = 64, 512, 8, 4, 64
+    q, k, v = randn(T, H + 2 * K, E).split([H, K, K], dim=1)
+    angles, (k_pages, v_pages), place = randn(T, E // 2), randn(2, 64, K, 16, E), torch.arange(T)
+    return {
+        "rms_norm": (randn(T, D), randn(D), EPS),
+        "add_rms_norm": (randn(T, D), randn(T, D), randn(D), EPS),
+        "swiglu": (randn(T, 2, 1360),),
+        "rotate_write": (q, k, v, angles.cos(), angles.sin(), k_pages, v_pages, place, place % 16),
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="decoding on a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "swiglu", "rotate_write"])
+@torch.no_grad()
+def test_forward(op, dtype, compare):
+    generator = torch.Generator().manual_seed(0)
+    arguments = decoding_inputs(lambda *shape: torch.randn(shape, generator=generator).to(dtype))[op]
+    function, reference = getattr(ops, op), getattr(layers, op)
+    wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
+    for our, their, true in zip(*map(as_tuple, (function(*arguments), reference(*arguments), reference(*wide)))):
+        assert (our - true).abs().max() <= 2 * (their - true).abs().max() + 1e-5
+    compare({"ours": lambda: function(*arguments), "torch": lambda: reference(*arguments)}, rounds=51)

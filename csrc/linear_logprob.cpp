@@ -108,9 +108,9 @@ void Chunk<T>::compute(int64_t begin, int64_t end, const Parallel& parallel, flo
 template <typename T>
 void Chunk<T>::pack_hidden(int64_t panel) {
   const int64_t row = panel * kPanel, num = std::min(kPanel, num_rows - row);
-  pack_transposed_panel(
-      input_.hidden + (first + row) * input_.ld_hidden, input_.ld_hidden, input_.D, num, depth_,
-      panels_ + row * depth_);
+  T* packed = panels_ + row * depth_;
+  std::fill_n(packed, num < kPanel ? kPanel * depth_ : 0, T(0));
+  pack_transposed(input_.hidden + (first + row) * input_.ld_hidden, input_.ld_hidden, input_.D, num, packed);
   std::fill_n(inv_temperature() + row, kPanel, 1.0f);
   if (input_.inv_temperature) {
     std::copy_n(input_.inv_temperature + first + row, num, inv_temperature() + row);

@@ -1,92 +1,34 @@
-// The boundary of linear_logprob and its loss to torch: schemas, checks, results, and the matrix product. ATen's brgemm
-// (oneDNN) knows AVX-512 and AMX; it is no part of the stable ABI, so it is a weak symbol, and is tried before it is
-// used: the portable product replaces it where there is none, where the CPU is too old, or where oneDNN is disabled.
+// The boundary of linear_logprob and its loss to torch: schemas, checks, results, threads.
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/BFloat16.h>
 
-#include <exception>
 #include <functional>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <type_traits>
 
+#include "aten_product.h"
 #include "linear_logprob.h"
 #include "torch_check.h"
-
-namespace at::native::cpublas {
-
-__attribute__((weak)) void brgemm(
-    int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C, const float* A,
-    const float* B, float* C, bool is_vnni);
-__attribute__((weak)) void brgemm(
-    int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C, const c10::BFloat16* A,
-    const c10::BFloat16* B, float* C, bool is_vnni);
-__attribute__((weak)) void brgemm_release(bool is_vnni);
-
-}  // namespace at::native::cpublas
 
 namespace {
 
 using nrt_fast::checked;
+using nrt_fast::checked_rows;
+using nrt_fast::choose_product;
 using nrt_fast::empty;
-using nrt_fast::kGroup;
-using nrt_fast::kPanel;
 using nrt_fast::LinearInput;
 using nrt_fast::LossInput;
 using nrt_fast::LossTerms;
-using nrt_fast::PanelProduct;
 using nrt_fast::ScalarType;
 using nrt_fast::Tensor;
 using nrt_fast::TraceLoss;
-
-// What brgemm calls our elements.
-template <typename T>
-using Element = std::conditional_t<std::is_same_v<T, uint16_t>, c10::BFloat16, T>;
-
-template <typename T>
-void aten_product(
-    int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, float* C, int64_t ldc, bool add) {
-  at::native::cpublas::brgemm(
-      M, N, K, lda, kPanel, ldc, add, reinterpret_cast<const Element<T>*>(A), reinterpret_cast<const Element<T>*>(B), C,
-      kGroup<T> > 1);
-}
-
-template <typename T>
-PanelProduct<T> choose_product() {
-  using Brgemm = void (*)(
-      int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const Element<T>*, const Element<T>*, float*, bool);
-  const Brgemm brgemm = at::native::cpublas::brgemm;
-  if (brgemm && at::native::cpublas::brgemm_release) {
-    try {
-      const T a[kGroup<T>] = {};
-      const T b[kPanel * kGroup<T>] = {};
-      float c[kPanel];
-      aten_product<T>(1, kPanel, kGroup<T>, a, kGroup<T>, b, c, kPanel, false);
-      return aten_product<T>;
-    } catch (const std::exception&) {
-      // Not on this CPU, or not allowed.
-    }
-  }
-  return nrt_fast::portable_product;
-}
+using nrt_fast::with_element;
 
 void run_on_all_threads(const std::function<void()>& work) {
   torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
     work();
-    if (at::native::cpublas::brgemm_release) {
-      at::native::cpublas::brgemm_release(true);  // gives the AMX tiles back
-    }
+    nrt_fast::release_product();
   });
-}
-
-// A matrix with dense rows, copied only if it has none.
-Tensor checked_rows(const char* name, const Tensor& matrix, ScalarType dtype, int64_t num_columns) {
-  const bool dense = matrix.dim() == 2 && matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1);
-  if (dense && matrix.scalar_type() == dtype && matrix.size(1) == num_columns) {
-    return matrix;
-  }
-  return checked(name, matrix, dtype, {-1, num_columns});
 }
 
 template <typename T>
@@ -120,18 +62,6 @@ struct Arguments {
   std::optional<Tensor> inv_temperature;
 };
 
-// Calls function(T()) with the element type of the dtype.
-template <typename Function>
-void with_element(ScalarType dtype, const Function& function) {
-  if (dtype == ScalarType::Float) {
-    function(float{});
-  } else if (dtype == ScalarType::BFloat16) {
-    function(uint16_t{});
-  } else {
-    throw std::invalid_argument("hidden_ND: expected float32 or bfloat16; the reference takes other dtypes");
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> linear_logprob_stats(
     const Tensor& hidden_ND, const Tensor& weight_VD, const Tensor& target_N,
     const std::optional<Tensor>& inv_temperature_N) {
@@ -140,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_stats(
   Tensor logprob_N = empty(hidden_ND, {N}, ScalarType::Float);
   Tensor logsumexp_N = empty(hidden_ND, {N}, ScalarType::Float);
   Tensor entropy_N = empty(hidden_ND, {N}, ScalarType::Float);
-  with_element(arguments.dtype, [&](auto element) {
+  with_element("hidden_ND", arguments.dtype, [&](auto element) {
     using T = decltype(element);
     nrt_fast::linear_logprob<T>(
         arguments.as<T>(), choose_product<T>(), run_on_all_threads,
@@ -192,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob_loss(
   Tensor logprob_N = empty(hidden_ND, {N}, ScalarType::Float);
   Tensor entropy_N = empty(hidden_ND, {N}, ScalarType::Float);
   Tensor grad_hidden_ND = empty(hidden_ND, {N, D}, arguments.dtype);
-  with_element(arguments.dtype, [&](auto element) {
+  with_element("hidden_ND", arguments.dtype, [&](auto element) {
     using T = decltype(element);
     nrt_fast::linear_logprob_loss<T>(
         arguments.as<T>(), loss, choose_product<T>(), run_on_all_threads,

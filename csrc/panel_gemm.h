@@ -55,16 +55,10 @@ void portable_product(
 void pack(const float* rows, int64_t ld, int64_t K, int64_t N, int64_t padded_K, float* panels);
 void pack(const uint16_t* rows, int64_t ld, int64_t K, int64_t N, int64_t padded_K, uint16_t* panels);
 
-// Packs the transpose of a row-major [N, K], N <= kPanel, into one panel.
-template <typename T>
-void pack_transposed_panel(const T* columns, int64_t ld, int64_t K, int64_t N, int64_t padded_K, T* panel) {
-  std::fill_n(panel, padded_K * kPanel, T(0));
-  for (int64_t n = 0; n < N; ++n) {
-    for (int64_t k = 0; k < K; ++k) {
-      panel[(k / kGroup<T> * kPanel + n) * kGroup<T> + k % kGroup<T>] = columns[n * ld + k];
-    }
-  }
-}
+// Packs the transpose of a row-major [N, K] into N columns of a panel, from the one that panel points to; an odd K of
+// bf16 is padded with 0.
+void pack_transposed(const float* rows, int64_t ld, int64_t K, int64_t N, float* panel);
+void pack_transposed(const uint16_t* rows, int64_t ld, int64_t K, int64_t N, uint16_t* panel);
 
 // C[M, N] (+)= A[M, K] times N / kPanel panels of K rows, in steps of K that leave a panel in the second-level cache.
 template <typename T>

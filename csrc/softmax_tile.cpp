@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "panel_gemm.h"
+#include "transpose.h"
 #include "vector_math.h"
 
 namespace nrt_fast {
@@ -28,28 +29,14 @@ struct Compensated {
   }
 };
 
-typedef uint32_t Words __attribute__((vector_size(16)));
-
 // Transposes [num_rows, kPanel] words into [kPanel, num_rows], rows ld words apart, four by four.
 ALWAYS_INLINE void transpose(const void* source, int64_t num_rows, void* result, int64_t ld) {
-  const auto* from = static_cast<const char*>(source);
-  auto* to = static_cast<char*>(result);
-  for (int64_t n = 0; n < kPanel; n += 4) {
-    for (int64_t v = 0; v < num_rows; v += 4) {
-      Words row[4];
-      for (int64_t i = 0; i < 4; ++i) {
-        std::memcpy(&row[i], from + ((v + i) * kPanel + n) * sizeof(uint32_t), sizeof row[i]);
-      }
-      const Words low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-      const Words low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-      const Words high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-      const Words high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-      const Words column[4] = {
-          __builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
-          __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
-      for (int64_t i = 0; i < 4; ++i) {
-        std::memcpy(to + ((n + i) * ld + v) * sizeof(uint32_t), &column[i], sizeof column[i]);
-      }
+  constexpr int64_t kWord = sizeof(uint32_t);
+  for (int64_t n = 0; n < kPanel; n += kTransposed) {
+    for (int64_t v = 0; v < num_rows; v += kTransposed) {
+      transpose_block(
+          static_cast<const char*>(source) + (v * kPanel + n) * kWord, kPanel * kWord,
+          static_cast<char*>(result) + (n * ld + v) * kWord, ld * kWord);
     }
   }
 }

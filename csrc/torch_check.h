@@ -57,6 +57,29 @@ inline const Tensor& uncopied(
   return tensor;
 }
 
+// A matrix whose rows are dense, wherever they lie; copied only if they are not.
+inline Tensor checked_rows(const char* name, const Tensor& matrix, ScalarType dtype, int64_t num_columns) {
+  const bool dense = matrix.dim() == 2 && matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1);
+  if (dense && matrix.scalar_type() == dtype && (num_columns < 0 || matrix.size(1) == num_columns)) {
+    return matrix;
+  }
+  return checked(name, matrix, dtype, {-1, num_columns});
+}
+
+// Calls function(T()) with the element type of the dtype: float, or uint16_t that holds bf16.
+template <typename Function>
+void with_element(const char* name, ScalarType dtype, const Function& function) {
+  if (dtype == ScalarType::Float) {
+    function(float{});
+  } else if (dtype == ScalarType::BFloat16) {
+    function(uint16_t{});
+  } else {
+    throw std::invalid_argument(
+        std::string(name) + ": expected float32 or bfloat16, got " + name_of(dtype) +
+        "; the reference takes other dtypes");
+  }
+}
+
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }

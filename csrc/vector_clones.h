@@ -6,7 +6,10 @@
 #define VECTOR_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), optimize("no-trapping-math", "no-thread-jumps")))
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+// Beside VECTOR_CLONES: products are rounded before they are added, on every CPU, as PyTorch's are.
+#define UNCONTRACTED __attribute__((optimize("fp-contract=off")))
 #else
 #define VECTOR_CLONES
+#define UNCONTRACTED
 #define ALWAYS_INLINE inline
 #endif

@@ -1,5 +1,6 @@
 """The command line: what it accepts, what it says, how fast it says it, and the checks of a configuration."""
 
+import re
 import subprocess
 import sys
 import time
@@ -10,13 +11,13 @@ import pytest
 import yaml
 
 import nrt_fast
-from nrt_fast import cli
-from nrt_fast.config import PRESETS, TrainConfig
+from nrt_fast import arguments, cli
+from nrt_fast.config import PRESETS, EstimateConfig, GenerateConfig, ScoreConfig, TrainConfig
 from nrt_fast.types import UserError
 
 
-def parse(*argv):
-    return cli.parse_train(list(argv))[0]
+def parse(*argv, command="train"):
+    return arguments.parse(list(argv), cli.COMMANDS[command].arguments)[0]
 
 
 def error_line(capsys, *argv):
@@ -103,13 +104,46 @@ def test_printed_configuration_is_a_configuration(tmp_path, capsys):
     assert parse("--config", path) == TrainConfig(objective="jepo", learning_rate=1e-5)
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_reads_what_it_prints(command, tmp_path, capsys):
+    question = ["why ?"] if command == "generate" else []
+    with pytest.raises(SystemExit):
+        cli.main([command, *question, "--seed", "3", "--max_trace_length=7", "--print_config"])
+    path = write(tmp_path / "c.yaml", capsys.readouterr().out)
+    config = parse("--config", path, command=command)
+    assert (config.seed, config.max_trace_length) == (3, 7)
+    assert config == parse(*question, "--seed=3", "--max_trace_length=7", command=command)
+
+
+def test_what_commands_share_is_written_once():
+    shared = set(vars(ScoreConfig(seed=1))) & set(vars(GenerateConfig(question="q")))
+    assert {"model_name_or_path", "delimiter", "seed", "max_trace_length", "num_generations"} <= shared
+    assert set(vars(TrainConfig())) < set(vars(EstimateConfig()))
+    assert GenerateConfig.num_generations == 1 and ScoreConfig.num_generations == TrainConfig.num_generations == 8
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["why ?", "--seed", "3"], ["--seed", "3", "why ?"], ["--seed=3", "why ?"], ["--question=why ?", "--seed=3"]],
+)
+def test_a_question_may_stand_anywhere(argv):
+    assert parse(*argv, command="generate") == GenerateConfig(question="why ?", seed=3)
+
+
 # What is refused
 
 
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["trian"], "unknown command trian; did you mean train?; there is: train"),
+        (["trian"], "unknown command trian; did you mean train?; there are: train, score,"),
+        (["scor", "--help"], "unknown command scor; did you mean score?"),
+        (["score", "--dry_run"], "unknown option --dry_run"),
+        (["score", "stray"], "unrecognized arguments: stray"),
+        (["estimate", "--device_memory_gib", "big"], "--device_memory_gib: 'big' is not valid; a number is expected"),
+        (["generate", "a", "b"], "unrecognized arguments: b"),
+        (["generate", "a", "--question", "b", "c"], "unrecognized arguments: c"),
+        (["generate", "--config", "none.yaml"], "--config none.yaml: no such file"),
         (["train", "--learning_rte", "1"], "unknown option --learning_rte; did you mean --learning_rate?"),
         (["train", "--learning-rate=1"], "unknown option --learning-rate; did you mean --learning_rate?"),
         (["train", "--xyzzy"], "unknown option --xyzzy"),
@@ -240,7 +274,7 @@ def run_cli(*argv):
     return subprocess.run([sys.executable, "-m", "nrt_fast.cli", *argv], capture_output=True, text=True, check=True)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in cli.COMMANDS), ["--version"]])
 def test_help_is_quick(argv):
     times = []
     for _ in range(5):
@@ -252,7 +286,7 @@ def test_help_is_quick(argv):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from nrt_fast import cli; cli.main(['train', '--help'])\n"
+        "import sys; from nrt_fast import cli; [cli.main([name, '--help']) for name in cli.COMMANDS]\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pyarrow', 'rich', 'jsonargparse'}\n"
         "sys.exit(' '.join(heavy & set(sys.modules)))"
     )
@@ -260,14 +294,24 @@ def test_help_imports_nothing_heavy():
     assert result.stderr == "\n"
 
 
-def test_help_describes_every_field():
-    text = run_cli("train", "--help").stdout
-    for field in fields(TrainConfig):
-        assert f"  --{field.name} " in text
-    for title in cli.GROUPS.values():
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_describes_every_field(command):
+    text, taken = run_cli(command, "--help").stdout, cli.COMMANDS[command].arguments
+    assert text.startswith(f"usage: nrt-fast {command} ")
+    for name in taken.names:
+        assert re.search(rf"^  --{name} \S+( |\n {{20}})", text, re.MULTILINE), f"{name} has no text"
+    for flag in taken.flags:
+        assert f"  --{flag} " in text
+    for title in taken.groups.values():
         assert f"\n{title}:\n" in text
+
+
+def test_help_tells_types_and_defaults():
+    text = run_cli("train", "--help").stdout
     assert "--reward {logp,prob,am,gm,ws_inv,ws_log,r3}\n" in text
     assert "(default: nrt-ws)" in text
+    assert "Traces sampled for each prompt. (default: 8)" in text
+    assert "Traces sampled for each prompt. (default: 1)" in run_cli("generate", "--help").stdout
 
 
 def test_version():

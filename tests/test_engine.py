@@ -8,7 +8,6 @@ from nrt_fast.config import PRESETS
 from nrt_fast.engine import noise_floor
 from nrt_fast.optim import AdamW
 from nrt_fast.pack import loss_tokens, pack
-from nrt_fast.score import baseline_logprobs
 from nrt_fast.train_step import train_step
 from nrt_fast.types import ANSWER, TRACE, Example, UserError
 
@@ -105,9 +104,9 @@ def test_a_sampled_trace_scores_alike_when_it_is_given(engine):
             assert_close(ours, theirs)
 
 
-def test_baseline_under_other_weights(module, make_module, reference_logits):
+def test_baseline_under_other_weights(engine, module, make_module, reference_logits):
     other = make_module(module.config.model_type, seed=1, vocab_size=VOCABULARY, sliding_window=6)
-    baselines = baseline_logprobs(Model.from_hf(other), PROMPTS, ANSWERS, DELIMITER)
+    baselines = engine.on(Model.from_hf(other)).score(PROMPTS, [[]] * len(PROMPTS), ANSWERS).baseline_logprobs
     for prompt, answer, ours in zip(PROMPTS, ANSWERS, baselines, strict=True):
         logits = reference_logits(other, [*prompt, DELIMITER, *answer[:-1]])[len(prompt) :]
         assert_close(ours, logits.log_softmax(dim=-1).gather(1, torch.tensor(answer)[:, None]).squeeze(1))
@@ -184,10 +183,28 @@ def test_traces_do_not_depend_on_their_company(engine):
     ]
 
 
-@pytest.mark.parametrize("max_cache_bytes", [1, 40_000])
-def test_waves_change_nothing(max_cache_bytes, engine, model):
-    small = Engine(model, delimiter_id=DELIMITER, eos_id=EOS, max_cache_bytes=max_cache_bytes)
-    assert len(list(small._waves(PROMPTS, 7, 15))) > 1
+@pytest.fixture
+def with_pages(model):
+    """An engine with this many pages of 8 tokens."""
+
+    def engine(num_pages):
+        shape = model.config
+        page_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 8 * 4
+        size = {"max_cache_bytes": (num_pages + 1) * page_bytes, "page_size": 8}
+        return Engine(model, delimiter_id=DELIMITER, eos_id=EOS, **size)
+
+    return engine
+
+
+def test_a_group_that_can_never_fit_is_refused(with_pages):
+    """A prompt of 9, six traces of 7 with delimiter and answer of 8, and the empty trace: 2 + 6 * 2 + 1 pages."""
+    with pytest.raises(ValueError, match=r"prompt 0 with its 7 rows takes 15 pages of 8 tokens; the cache has 14"):
+        with_pages(14).think(PROMPTS, ANSWERS, UIDS, step=1, **SAMPLING)
+
+
+@pytest.mark.parametrize("num_pages", [15, 40])
+def test_a_small_cache_changes_nothing(num_pages, engine, with_pages):
+    small = with_pages(num_pages)
     ours, theirs = (e.think(PROMPTS, ANSWERS, UIDS, step=1, answer_greedily=True, **SAMPLING) for e in (small, engine))
     same_traces(ours.traces, theirs.traces)
     assert ours.answers == theirs.answers

@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nrt_fast import Engine, Model
-from nrt_fast.evaluate import greedy_answers
 
 BOS, EOS = 1, 2
 STORY_STEPS = 256  # llama2.c's default
@@ -65,8 +64,12 @@ def test_greedy_rollout_tells_the_published_story(model, tokenizer, published_st
 def test_greedy_answer_tells_the_published_story(model, tokenizer, published_story):
     """The answer after an empty trace whose delimiter is the story's first token."""
     first = int(model.logits([BOS])[-1].argmax())
-    cache, _ = model.prefill([[BOS]], 1, STORY_STEPS)
-    ((answer,),) = greedy_answers(model, cache, [[[]]], first, EOS, STORY_STEPS - 1)
+    engine = Engine(model, delimiter_id=first, eos_id=EOS)
+    thoughts = engine.think(
+        [[BOS]], [[EOS] * (STORY_STEPS - 1)], [0], num_generations=0, max_trace_length=1, temperature=0.0, seed=0,
+        step=0, answer_greedily=True,
+    )  # fmt: skip
+    ((answer,),) = thoughts.answers
     assert tokenizer.decode([first, *answer]) == published_story
 
 

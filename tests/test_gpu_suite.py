@@ -5,9 +5,12 @@ import subprocess
 import sys
 import time
 
+import gpu_engine
 import gpu_suite
 import pytest
 import torch
+from engine_peers import LLAMA_1B, LLAMA_8B
+from timing import PhaseClock, interleaved
 
 from nrt_fast import ops
 
@@ -77,3 +80,41 @@ def test_a_peer_that_fails_is_noted(suite):
 
     assert set(suite.compare("speed", {"ours": lambda: None}, {"peer": build})) == {"ours"}
     assert suite.records[0]["text"] == "ImportError: no module named peer"
+
+
+def test_speed_is_told_with_its_share_of_the_roofline(suite):
+    suite.section = "engine"
+    suite.record_speed("256 traces", {"decode": 12_000.0, "generate": 1500.0}, 24_000.0)
+    table = gpu_suite.table(suite.records)
+    assert "engine: 256 traces, 50.0% of 24,000 tokens/s\n        12,000 tokens/s  decode" in table
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "milliseconds"),
+    [(64, 1024, 4.92), (128, 1024, 6.71), (256, 1024, 11.04), (64, 350, 3.74), (256, 350, 6.33), (512, 350, 12.66)],
+)
+def test_roofline_of_llama_8b(batch, context, milliseconds):
+    """On an H200, by hand: 15.0 GB of weights, 128 KiB of keys and values a token."""
+    seconds = gpu_engine.decode_roofline(LLAMA_8B, batch, context, *gpu_engine.PEAKS["H200"])
+    assert round(1e3 * seconds, 2) == milliseconds
+
+
+def test_weights_that_a_token_reads(make_module):
+    """All parameters but the embedding's, which a tied head reads again."""
+    assert gpu_engine.weights_read(LLAMA_1B) == 1_235_814_400  # as published, its head being its embedding
+    module = make_module("llama", **gpu_engine.TINY)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    assert gpu_engine.weights_read(gpu_engine.TINY) == parameters - module.model.embed_tokens.weight.numel()
+
+
+def test_a_phase_clock_times_its_phase_alone():
+    clock = PhaseClock("score")
+
+    def call():
+        for phase in ("rollout", "score", "rollout"):
+            with clock.timed(phase):
+                time.sleep(0.03 if phase == "score" else 0.1)
+
+    seconds = interleaved({"call": call, "all": clock.throughout(lambda: time.sleep(0.2))}, "cpu", 1, 0, clock)
+    assert 0.03 <= seconds["call"] < 0.1
+    assert seconds["all"] >= 0.2

@@ -337,6 +337,172 @@ def test_bad_shapes_are_refused(name, backend):
         call()
 
 
+@pytest.fixture
+def native():
+    """The twins in C++, which have no backward."""
+    if reason := ops.missing("native"):
+        pytest.skip(reason)
+    with torch.no_grad(), ops.use("native"):
+        yield
+
+
+NATIVE_DTYPES = [torch.float32, torch.bfloat16]
+
+
+def results(case, dtype, layout=lambda x: x):
+    function, inputs, _ = case
+    out = function(*(layout(x.to(dtype)) if x.ndim > 1 else x.to(dtype) for x in inputs))
+    return out if isinstance(out, tuple) else (out,)
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "D"), [(0, 64), (1, 1), (7, 1), (1, 257), (7, 361), (129, 64), (127, 1000), (3, 9001)])
+@pytest.mark.parametrize("make_case", [rms_norm_case, add_rms_norm_case, swiglu_case])
+def test_native_errs_like_pytorch(make_case, T, D, dtype, native):
+    case = in_half(make_case(T, D), dtype)
+    ours = results(case, dtype)
+    with ops.use("reference"):
+        plain, exact = results(case, dtype), results(case, torch.float64)
+    for our, their, true in zip(ours, plain, exact, strict=True):
+        assert our.dtype == dtype and our.shape == true.shape
+        if true.numel():
+            scale = true.abs().clamp(min=1)
+            assert ((our - true) / scale).abs().max() <= 2 * ((their - true) / scale).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("make_case", [rms_norm_case, add_rms_norm_case, swiglu_case])
+def test_native_rows_do_not_depend_on_their_neighbours_or_threads(make_case, dtype, native):
+    function, inputs, _ = make_case(300, 361)
+    inputs = [x.to(dtype) for x in inputs]
+    some = [x[130:207] if x.ndim > 1 else x for x in inputs]
+    whole, alone = function(*inputs), function(*some)
+    try:
+        torch.set_num_threads(3)
+        shared = function(*inputs)
+    finally:
+        torch.set_num_threads(1)
+    if not isinstance(whole, tuple):
+        whole, alone, shared = (whole,), (alone,), (shared,)
+    for all_rows, some_rows, on_threads in zip(whole, alone, shared, strict=True):
+        assert torch.equal(all_rows[130:207], some_rows)
+        assert torch.equal(all_rows, on_threads)
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "swiglu"])
+def test_native_reads_rows_wherever_they_lie(name, layout, native):
+    dense, strided = (results(CASES[name], torch.float32, f) for f in (lambda x: x, STRIDED[layout]))
+    assert all(torch.equal(our, true) for our, true in zip(strided, dense, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 3, 12), (2, 3, 2, 12), (0, 3, 12), (2, 0, 12)])
+def test_native_norm_of_any_number_of_axes(shape, native):
+    x, weight = randn(*shape), randn(12)
+    ours = ops.rms_norm(x, weight, EPS)
+    with ops.use("reference"):
+        torch.testing.assert_close(ours, ops.rms_norm(x, weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_native_norms_heads_inside_the_fused_projection(dtype, native):
+    qkv, weight = randn(5, 8, 16).to(dtype), randn(16).to(dtype)
+    for heads in qkv.split([4, 2, 2], dim=1):
+        assert torch.equal(ops.rms_norm(heads, weight, EPS), ops.rms_norm(heads.contiguous(), weight, EPS))
+
+
+def paged(T, E, dtype, heads=(9, 3), num_pages=5, page_size=4):
+    """Arguments of rotate_write, and the cache: pages of one layer of several, keys beside values."""
+    H, K = heads
+    q, k, v = randn(T, H + 2 * K, E).to(dtype).split([H, K, K], dim=1)
+    place = torch.randperm(num_pages * page_size, generator=torch.Generator().manual_seed(0))[:T]
+    cache = randn(2, 2, num_pages, K, page_size, E, seed=7).to(dtype)
+    angles_TF = [x.to(dtype) for x in angles(T, E // 2)]
+    return (q, k, v, *angles_TF, cache[0, 1], cache[1, 1], place // page_size, place % page_size), cache
+
+
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "E"), [(0, 64), (1, 64), (7, 80), (6, 96), (20, 128), (3, 2), (4, 6)])
+def test_native_rotate_write_is_the_reference_bit_for_bit(T, E, dtype, integer, native):
+    arguments, cache = paged(T, E, dtype)
+    *tensors, page, slot = arguments
+    ours, written = ops.rotate_write(*tensors, page.to(integer), slot.to(integer)), cache.clone()
+    arguments, cache = paged(T, E, dtype)
+    with ops.use("reference"):
+        assert torch.equal(ours, ops.rotate_write(*arguments))
+    assert ours.is_contiguous() and torch.equal(written, cache)
+
+
+@pytest.mark.parametrize("name", ["page_T", "slot_T"])
+@pytest.mark.parametrize("outside", [-1, 5])
+def test_native_places_outside_of_the_cache_are_refused(name, outside, native):
+    arguments, cache = paged(7, 8, torch.float32)
+    before, index = cache.clone(), arguments[-2 if name == "page_T" else -1]
+    index[3] = outside
+    with pytest.raises(ValueError, match=rf"{name}\[3\] = {outside}: expected 0 to"):
+        ops.rotate_write(*arguments)
+    assert torch.equal(cache, before)
+
+
+def changed(position, value):
+    return lambda: ops.rotate_write(
+        *(value if i == position else x for i, x in enumerate(paged(3, 8, torch.float32)[0]))
+    )
+
+
+NATIVE_BAD = {
+    "weight": (lambda: ops.rms_norm(torch.ones(3, 4), torch.ones(8), EPS), "weight_D"),
+    "weight-that-would-broadcast": (lambda: ops.rms_norm(torch.ones(3, 4), torch.ones(1), EPS), "weight_D"),
+    "dtype-of-the-weight": (lambda: ops.rms_norm(torch.ones(3, 4), torch.ones(4).bfloat16(), EPS), "weight_D"),
+    "no-axis": (lambda: ops.rms_norm(torch.tensor(1.0), torch.ones(1), EPS), "x: expected"),
+    "double": (lambda: ops.rms_norm(torch.ones(3, 4).double(), torch.ones(4).double(), EPS), "float32 or bfloat16"),
+    "rows": (lambda: ops.add_rms_norm(torch.ones(3, 4), torch.ones(2, 4), torch.ones(4), EPS), "residual_TD"),
+    "residual": (
+        lambda: ops.add_rms_norm(torch.ones(3, 4), torch.ones(3, 4).bfloat16(), torch.ones(4), EPS), "residual_TD"
+    ),
+    "gate": (lambda: ops.swiglu(torch.ones(3, 8)), "gate_up_T2F"),
+    "three-halves": (lambda: ops.swiglu(torch.ones(3, 3, 8)), "gate_up_T2F"),
+    "tables": (changed(3, torch.ones(3, 8)), "sin_TF|cos_TF"),
+    "dtype-of-tables": (changed(4, torch.ones(3, 4).bfloat16()), "sin_TF"),
+    "dtype-of-values": (changed(2, torch.ones(3, 3, 8).bfloat16()), "v_TKE"),
+    "dtype-of-pages": (changed(5, torch.ones(5, 3, 4, 8).bfloat16()), "k_pages_NKSE"),
+    "heads-of-pages": (changed(6, torch.ones(5, 2, 4, 8)), "v_pages_NKSE"),
+    "scattered-pages": (changed(5, torch.ones(5, 3, 4, 16)[..., ::2]), "k_pages_NKSE: .* dense in its last axis"),
+    "places": (changed(7, torch.zeros(3)), "page_T"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NATIVE_BAD)
+def test_native_refuses_bad_arguments(name, native):
+    call, message = NATIVE_BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "swiglu", "rotate_write"])
+def test_native_runs_only_where_gradients_are_off(name, native):
+    assert ops._choose(name, "cpu", None, False) == "native"
+    assert ops._choose(name, "cpu", None, True) == "reference"
+    assert ops.backend()[f"{name}/cpu"] == "native"
+    function, inputs, _ = CASES.get(name) or (ops.rotate_write, paged(3, 8, torch.float32)[0], ())
+    with torch.enable_grad(), pytest.raises(LookupError, match=f"{name} on native: it has no backward"):
+        function(*inputs)
+    inputs = [torch.nn.Parameter(x) if x.is_floating_point() and "write" not in name else x for x in inputs]
+    out = function(*inputs)
+    assert not (out[0] if isinstance(out, tuple) else out).requires_grad
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_native_opcheck(dtype, native):
+    ops_native, weight = torch.ops.nrt_fast, randn(12).to(dtype)
+    x = randn(3, 4, 12).to(dtype)
+    torch.library.opcheck(ops_native.rms_norm.default, (x, weight, EPS))
+    torch.library.opcheck(ops_native.add_rms_norm.default, (x[0], x[:, 0][:1].expand(4, 12), weight, EPS))
+    torch.library.opcheck(ops_native.swiglu.default, (x[:, :2],))
+    torch.library.opcheck(ops_native.rotate_write.default, paged(3, 8, dtype)[0])
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_model_on_the_kernels_is_the_model_on_the_references(family, make_module, monkeypatch):
     """Hidden states of a cached and of a packed pass, and every parameter's gradient of the latter."""

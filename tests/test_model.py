@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nrt_fast import Model, ops
-from nrt_fast.kv_cache import Segment
+from nrt_fast.kv_cache import NO_PREFIX, Sequence
+from nrt_fast.model.inference import Inference
 from nrt_fast.types import PackedBatch
 
 TOLERANCE = 2e-5
@@ -76,9 +77,17 @@ def assert_close(ours, reference):
     torch.testing.assert_close(ours, reference, rtol=0, atol=TOLERANCE)
 
 
-def segment(model, rows, slots):
-    shape = model.config
-    return Segment.allocate(shape.num_layers, rows, shape.num_kv_heads, slots, shape.head_dim, model.embed.detach())
+@pytest.fixture(scope="module")
+def passes(model):
+    passes = Inference(model)
+    passes.refresh()
+    return passes
+
+
+def reserved(cache, *lengths):
+    sequences = [Sequence() for _ in lengths]
+    assert all(cache.reserve(sequence, length) for sequence, length in zip(sequences, lengths))
+    return sequences
 
 
 def test_logits_of_one_sequence(model, module, reference_logits):
@@ -86,36 +95,43 @@ def test_logits_of_one_sequence(model, module, reference_logits):
     assert_close(model.logits(ids), reference_logits(module, ids))
 
 
+@pytest.mark.parametrize("page_size", [1, 4, 64])
 @pytest.mark.parametrize("cuts", [(1, 3, 2), (5, 9, 0), (0, 0, 0)], ids=str)
-def test_extend_in_two_pieces(cuts, model, module, reference_logits):
+def test_extend_in_two_pieces(cuts, page_size, passes, module, reference_logits):
     rows = random_ids(11, 9, 1)
-    own = segment(model, (3, 1), 12)
+    cache = passes.new_cache(1 << 20, page_size)
+    own = reserved(cache, *map(len, rows))
     pieces = [[row[:cut] for row, cut in zip(rows, cuts)], [row[cut:] for row, cut in zip(rows, cuts)]]
     logits = [[], [], []]
-    for piece in pieces:
-        num_new = torch.tensor([[len(row)] for row in piece])
-        if num_new.any():
-            parts = head_logits(model, model.extend(flat(piece), num_new, own, None)).split(num_new.flatten().tolist())
-            for row, part in zip(logits, parts):
-                row.append(part)
-            own.advance(num_new)
+    for piece in filter(any, pieces):
+        hidden = passes.extend(cache, [(NO_PREFIX, [sequence]) for sequence in own], piece)
+        for row, part in zip(logits, passes.logits(hidden).split(list(map(len, piece)))):
+            row.append(part)
+        for sequence, ids in zip(own, piece):
+            sequence.length += len(ids)
     for ids, parts in zip(rows, logits):
         assert_close(torch.cat(parts), reference_logits(module, ids))
 
 
-def test_decode_token_by_token_beside_the_shared_prompt(model, module, reference_logits):
+@pytest.mark.parametrize("page_size", [1, 5, 64])
+def test_decode_token_by_token_beside_the_shared_prompt(page_size, passes, module, reference_logits):
     prompts, lengths = random_ids(9, 3), (6, 2, 9, 1, 4, 7)
     traces = random_ids(*lengths, seed=1)
-    cache, hidden_PD = model.prefill(prompts, 3, 10)
-    logits = [[row] for row in head_logits(model, hidden_PD).repeat_interleave(3, dim=0)]
+    cache = passes.new_cache(1 << 20, page_size)
+    starts = reserved(cache, *map(len, prompts))
+    hidden = passes.extend(cache, [(NO_PREFIX, [start]) for start in starts], prompts)
+    for start, ids in zip(starts, prompts):
+        start.length = len(ids)
+    logits = [[row] for row in passes.logits(hidden[[8, 11]]).repeat_interleave(3, dim=0)]
+    own = reserved(cache, *[max(lengths) + 1] * 6)
     for position in range(max(lengths)):
         # Rows that have ended are fed junk, as in a rollout, and must not notice.
         tokens = torch.tensor([ids[position] if position < len(ids) else 5 for ids in traces])
-        hidden = model.extend(tokens, torch.ones(2, 3, dtype=torch.int64), cache.own, cache.prompt)
-        cache.own.advance(torch.tensor([position < length for length in lengths]).view(2, 3))
-        for row, length, new in zip(logits, lengths, head_logits(model, hidden)):
-            if position < length:
-                row.append(new)
+        rows = cache.rows([(starts[0], own[:3]), (starts[1], own[3:])])
+        for index, new in enumerate(passes.logits(passes.decode(cache, rows, tokens))):
+            if position < lengths[index]:
+                own[index].length += 1
+                logits[index].append(new)
     for index, (ids, rows) in enumerate(zip(traces, logits)):
         prompt = prompts[index // 3]
         assert_close(torch.stack(rows), reference_logits(module, prompt + ids)[len(prompt) - 1 :])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nrt_fast import loop, rollout
+from nrt_fast import loop, ops
 from nrt_fast.config import PRESETS
 from nrt_fast.starter import MODEL_DIR
 
@@ -61,7 +61,13 @@ def test_every_preset_trains(train, preset, monkeypatch):
     fields = {}
     if preset == "sft":
         fields = {"max_trace_length": None}
-        monkeypatch.setattr(rollout, "_decode", lambda *args: pytest.fail("sft samples nothing"))
+        greedy = ops.sample_logprob
+
+        def answers_only(logits, uniform, temperature):
+            assert temperature == 0, "sft samples no traces"
+            return greedy(logits, uniform, temperature)
+
+        monkeypatch.setattr(ops, "sample_logprob", answers_only)
     folder, rows = train(objective=preset, **fields)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(math.isfinite(value) for row in rows for value in row.values())

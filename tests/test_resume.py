@@ -90,7 +90,7 @@ def test_a_finished_run_says_so(tiny_run, finished, capsys, monkeypatch):
     monkeypatch.setattr(loop, "step", lambda *args: pytest.fail("there is nothing left to do"))
     summary = loop.train(tiny_run(finished, max_steps=NUM_STEPS, eval_steps=2))
     assert summary["steps"] == NUM_STEPS
-    assert capsys.readouterr().out == f"{finished} is finished (5 steps); see {finished}/summary.json\n"
+    assert capsys.readouterr().out.endswith(f"\n{finished} is finished (5 steps); see {finished}/summary.json\n")
 
 
 def damage_by_truncation(folder):

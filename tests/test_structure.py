@@ -13,13 +13,15 @@ PACKAGE = ROOT / "src/nrt_fast"
 KERNELS = ROOT / "triton_kernels"
 ROOMS = (  # an import goes to a lower rank only; rooms of one rank never import one another
     {"types", "reference", "fakes", "metrics", "signals"},
-    {"config_checks", "ops", "triton_kernels", "starter"},
+    {"arguments", "config_checks", "ops", "triton_kernels", "starter"},
     {"config", "fused_loss", "kv_cache", "optim", "packed_attention"},
-    {"data", "model", "resolve", "trackers"},
+    {"data", "model", "plan", "resolve", "streams", "trackers"},
+    {"decode"},
     {"rollout", "score", "rewards", "pack", "train_step", "checkpoint", "evaluate"},
-    {"engine", "completions", "diagnostics", "report"},
+    {"engine", "completions", "diagnostics", "json_lines", "report", "score_report"},
+    {"source"},
     {"run"},
-    {"loop", "adapters"},
+    {"loop", "score_command", "generate_command", "adapters"},
     {"cli", "doctor"},
 )
 RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}

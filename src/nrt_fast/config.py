@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from nrt_fast.config_checks import check_config
+from nrt_fast.config_checks import check_config, check_generate, check_score
 
 Reward = Literal["logp", "prob", "am", "gm", "ws_inv", "ws_log", "r3"]
 Baseline = Literal["current", "frozen", "ema", "none"]
@@ -86,39 +86,74 @@ def split_names(names: list[str] | str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Every field of ``nrt-fast train``."""
+class ModelFields:
+    """Fields of every command: the model, how it is spoken to, and where it runs."""
 
     model_name_or_path: str | None = None
     """Hugging Face folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model; the built-in starter if absent."""
+    chat_template_kwargs: dict | None = None
+    """Extra arguments of the tokenizer's chat template."""
+    delimiter: str | None = None
+    """The one token that ends a trace; a reserved id of the tokenizer if absent, else a token is added."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of weights and activations; auto: bfloat16 on CUDA, float32 on CPU."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto: CUDA where there is one."""
+
+
+@dataclass(frozen=True)
+class SamplingFields:
+    """Fields of the commands that sample traces."""
+
+    num_generations: int = 8
+    """Traces sampled for each prompt."""
+    temperature: float = 1.0
+    """Sampling temperature of traces; answers are greedy."""
+    max_prompt_length: int | None = None
+    """Longest prompt, in tokens."""
+    max_trace_length: int | None = None
+    """Longest reasoning trace, in tokens, without the delimiter."""
+    max_answer_length: int | None = None
+    """Longest answer, in tokens, with its EOS."""
+    max_repeated_tokens: int | None = None
+    """A trace is cut when this many of its last tokens repeat a cycle of at most 32 tokens; never if absent."""
+    seed: int = 0
+    """Seed of data order and sampling."""
+
+
+@dataclass(frozen=True)
+class DataFields:
+    """Fields of the commands that read pairs of question and reference answer."""
+
     dataset_name: list[str] | str | None = None
     """Paths (.jsonl .json .csv .parquet, also .gz) or hub ids, comma-separated; the built-in tasks if absent."""
-    dataset_weights: list[float] | None = None
-    """Sampling weight of each dataset; in proportion to their rows if absent."""
     dataset_train_split: str = "train"
     """Split of a hub dataset."""
     prompt_field: str | None = None
     """Field that holds the question; detected if absent."""
     answer_field: str | None = None
     """Field that holds the reference answer; detected if absent."""
-    eval_dataset_name: list[str] | str | None = None
-    """Held-out data; the last num_eval_prompts rows of the shuffled training data are held out if absent."""
-    num_eval_prompts: int | None = None
-    """Held-out items used before and after training."""
-    chat_template_kwargs: dict | None = None
-    """Extra arguments of the tokenizer's chat template."""
-    delimiter: str | None = None
-    """The one token that ends a trace; a reserved id of the tokenizer if absent, else a token is added."""
-    max_prompt_length: int | None = None
-    """Longest prompt, in tokens."""
-    max_trace_length: int | None = None
-    """Longest reasoning trace, in tokens, without the delimiter."""
-    max_answer_length: int | None = None
-    """Longest reference answer, in tokens, with its EOS."""
     overlong_prompts: Literal["drop", "truncate_left", "error"] = "drop"
     """What happens to prompts over the limit."""
     overlong_answers: Literal["drop", "error"] = "drop"
     """What happens to answers over the limit."""
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """The names in dataset_name; none for the built-in tasks."""
+        return split_names(self.dataset_name or [])
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataFields, SamplingFields, ModelFields):
+    """Every field of ``nrt-fast train``."""
+
+    dataset_weights: list[float] | None = None
+    """Sampling weight of each dataset; in proportion to their rows if absent."""
+    eval_dataset_name: list[str] | str | None = None
+    """Held-out data; the last num_eval_prompts rows of the shuffled training data are held out if absent."""
+    num_eval_prompts: int | None = None
+    """Held-out items used before and after training."""
 
     objective: Preset = "nrt-ws"
     """Preset of the method; the fields below change single choices of it."""
@@ -159,10 +194,6 @@ class TrainConfig:
     """Prompts sampled in one step."""
     prompts_per_minibatch: int | None = None
     """Prompts in one optimiser step; all of the step's prompts if absent."""
-    num_generations: int = 8
-    """Traces sampled for each prompt."""
-    temperature: float = 1.0
-    """Sampling temperature of traces."""
     max_tokens_per_batch: int | None = None
     """Tokens in one packed micro-batch; changes memory and speed, not the result."""
     learning_rate: float | None = None
@@ -188,12 +219,6 @@ class TrainConfig:
 
     output_dir: str | None = None
     """Folder of the run; runs/<model>-<objective>, the demo's is runs/demo."""
-    seed: int = 0
-    """Seed of data order and sampling."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of weights and activations; auto: bfloat16 on CUDA, float32 on CPU."""
-    device: str = "auto"
-    """cpu, cuda or cuda:N; auto: CUDA where there is one."""
     save_steps: int | None = None
     """Steps between checkpoints; the last step is always saved."""
     save_total_limit: int = 2
@@ -217,11 +242,6 @@ class TrainConfig:
         """
         check_config(self)
 
-    @property
-    def dataset_names(self) -> list[str]:
-        """The names in dataset_name; none for the built-in tasks."""
-        return split_names(self.dataset_name or [])
-
     def resolved_objective(self) -> Objective:
         """The preset with this config's own choices on top of it."""
         chosen = {f.name: getattr(self, f.name) for f in fields(Objective) if hasattr(self, f.name)}
@@ -229,3 +249,44 @@ class TrainConfig:
         if objective.std_floor is None:
             objective = replace(objective, std_floor=STD_FLOOR[objective.reward])
         return objective
+
+
+@dataclass(frozen=True)
+class EstimateConfig(TrainConfig):
+    """Every field of ``nrt-fast estimate``: those of a run, and a machine that need not be here."""
+
+    device_memory_gib: float | None = None
+    """Memory of the device; that of the device chosen if absent."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig(DataFields, SamplingFields, ModelFields):
+    """Every field of ``nrt-fast score``."""
+
+    num_prompts: int | None = None
+    """Items to score: those that a run on the same data with the same seed holds out."""
+    output_file: str = "scores.jsonl"
+    """JSON lines, one for each item; the file must be new."""
+
+    def check(self) -> None:
+        """Refuse values out of range and fields that could have no effect; UserError names the field."""
+        check_score(self)
+
+
+@dataclass(frozen=True)
+class GenerateConfig(SamplingFields, ModelFields):
+    """Every field of ``nrt-fast generate``."""
+
+    num_generations: int = 1
+    question: str | None = None
+    """The question; on the command line without --question."""
+    input_file: str | None = None
+    """Questions: one a line (.txt), or rows (.jsonl .json .csv .parquet, also .gz)."""
+    prompt_field: str | None = None
+    """Field that holds the question in rows; detected if absent."""
+    output_file: str | None = None
+    """JSON lines, one for each question; the file must be new. Standard output if absent."""
+
+    def check(self) -> None:
+        """Refuse values out of range and fields that could have no effect; UserError names the field."""
+        check_generate(self)

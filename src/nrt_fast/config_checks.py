@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING
 from nrt_fast.types import UserError
 
 if TYPE_CHECKING:
-    from nrt_fast.config import Objective, TrainConfig
+    from nrt_fast.config import DataFields, GenerateConfig, Objective, ScoreConfig, TrainConfig
 
 AT_LEAST = {
-    "num_eval_prompts": 0, "max_prompt_length": 1, "max_trace_length": 1, "max_answer_length": 2, "answer_coef": 0,
-    "format_coef": 0, "std_floor": 0, "beta": 0, "entropy_coef": 0, "prompts_per_step": 1, "prompts_per_minibatch": 1,
+    "num_eval_prompts": 0, "max_prompt_length": 1, "max_trace_length": 1, "max_answer_length": 2,
+    "max_repeated_tokens": 1, "answer_coef": 0, "format_coef": 0,
+    "std_floor": 0, "beta": 0, "entropy_coef": 0, "prompts_per_step": 1, "prompts_per_minibatch": 1,
     "num_generations": 1, "max_tokens_per_batch": 1, "warmup_steps": 0, "weight_decay": 0, "adam_beta1": 0,
     "adam_beta2": 0, "max_steps": 1, "seed": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
-    "eval_steps": 0,
+    "eval_steps": 0, "num_prompts": 1,
 }  # fmt: skip
 ABOVE = dict.fromkeys(
-    ("epsilon", "epsilon_high", "temperature", "learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs"), 0
-)
+    ("epsilon", "epsilon_high", "temperature", "learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs",
+     "device_memory_gib"), 0,
+)  # fmt: skip
 BELOW = {"epsilon": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**63}
 
 
 def check_config(config: TrainConfig) -> None:
     """Raise what ``TrainConfig.check`` says."""
-    for name, value in vars(config).items():
-        if isinstance(value, (int, float)) and (problem := _range_problem(name, value)):
-            raise UserError(f"{name} is {value}; it should be {problem}")
+    _check_ranges(config)
     objective = config.resolved_objective()
     for problem in _contradictions(config, objective):
         raise UserError(problem)
@@ -36,6 +36,36 @@ def check_config(config: TrainConfig) -> None:
         given = [name for name in names.split() if getattr(config, name) is not None]
         if idle and given:
             raise UserError(f"{given[0]} cannot take effect: {reason}")
+
+
+def check_score(config: ScoreConfig) -> None:
+    """Raise what ``ScoreConfig.check`` says."""
+    _check_ranges(config)
+    for problem in _data_problems(config):
+        raise UserError(problem)
+    if config.dataset_name is None and (config.prompt_field or config.answer_field):
+        name = "prompt_field" if config.prompt_field else "answer_field"
+        raise UserError(f"{name} cannot take effect: the built-in tasks name theirs")
+
+
+def check_generate(config: GenerateConfig) -> None:
+    """Raise what ``GenerateConfig.check`` says."""
+    _check_ranges(config, may_be_zero=("temperature",))  # greedy
+    if (config.question is None) == (config.input_file is None):
+        raise UserError('one of a question and input_file is needed: nrt-fast generate "How many?" or --input_file F')
+    if config.question is not None and not config.question.strip():
+        raise UserError("the question is empty")
+    if config.prompt_field and (config.input_file is None or config.input_file.endswith(".txt")):
+        raise UserError("prompt_field cannot take effect: there are no rows with fields")
+
+
+def _check_ranges(config, may_be_zero: tuple[str, ...] = ()) -> None:
+    for name, value in vars(config).items():
+        if name in may_be_zero:
+            if value < 0:
+                raise UserError(f"{name} is {value}; it should be at least 0")
+        elif isinstance(value, (int, float)) and (problem := _range_problem(name, value)):
+            raise UserError(f"{name} is {value}; it should be {problem}")
 
 
 def _range_problem(name: str, value: float) -> str | None:
@@ -48,9 +78,13 @@ def _range_problem(name: str, value: float) -> str | None:
     return f"under {BELOW[name]}" if name in BELOW and value >= BELOW[name] else None
 
 
-def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
+def _data_problems(config: DataFields) -> Iterator[str]:
     if config.dataset_name is not None and not config.dataset_names:
         yield "dataset_name is empty; leave it out for the built-in tasks"
+
+
+def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
+    yield from _data_problems(config)
     if config.dataset_weights is not None:
         if len(config.dataset_weights) != len(config.dataset_names):
             yield f"dataset_weights has {len(config.dataset_weights)} numbers for {len(config.dataset_names)} data sets"
@@ -72,7 +106,7 @@ def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[st
     yield "prompt_field answer_field", builtin and config.eval_dataset_name is None, "the built-in tasks name theirs"
     yield (
         "reward baseline reward_clip advantage trace_loss answer_weight format_coef reward_scale std_floor epsilon"
-        " epsilon_high drop_cut_reward beta entropy_coef max_trace_length",
+        " epsilon_high drop_cut_reward beta entropy_coef max_trace_length max_repeated_tokens",
         config.objective == "sft",
         "objective sft has no traces",
     )

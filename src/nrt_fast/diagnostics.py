@@ -49,6 +49,16 @@ def rollout_metrics(
     }
 
 
+def engine_metrics(counts: dict[str, int]) -> dict[str, float]:
+    """What the engine did for one rollout, from the difference of its counters."""
+    return {
+        "nrt/rows_per_decode_step": counts["decode_tokens"] / max(counts["decode_steps"], 1),
+        "nrt/paused": counts["num_paused"],
+        "nrt/recomputed_tokens": counts["recomputed_tokens"],
+        "nrt/score_tokens": counts["score_tokens"],
+    }
+
+
 def train_metrics(tokens: LossTokens, stats: TrainStats, objective: Objective, on_policy: bool) -> dict[str, float]:
     """What the optimiser step saw; sampler and scorer against trainer among it."""
     packed_A = ~torch.isnan(stats.logprobs_A)
@@ -58,7 +68,8 @@ def train_metrics(tokens: LossTokens, stats: TrainStats, objective: Objective, o
         "loss": stats.loss["total"],
         **{f"loss/{name}": value for name, value in stats.loss.items() if name != "total"},
         "grad_norm": stats.grad_norm,
-        "nrt/dlogp_answer_max": _tensor_max(difference_A[answer_A].abs()),
+        "nrt/score_audit_mean": _tensor_mean(difference_A[answer_A].abs()),
+        "nrt/score_audit_max": _tensor_max(difference_A[answer_A].abs()),
     }
     if objective.trace_loss == "none":
         return metrics
@@ -98,7 +109,7 @@ def over_minibatches(rows: list[dict[str, float]]) -> dict[str, float]:
     """
     extreme = {"max": max, "min": min}
     merged = {name: extreme.get(name.rsplit("_", 1)[-1], fmean)([row[name] for row in rows]) for name in rows[0]}
-    return merged | {name: value for name, value in rows[0].items() if name.startswith("nrt/dlogp")}
+    return merged | {name: rows[0][name] for name in rows[0] if name.startswith(("nrt/dlogp", "nrt/score_audit"))}
 
 
 def count_tokens(examples: list[Example], traces: Traces, num_generations: int) -> dict[str, int]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nrt_fast import ops
-from nrt_fast.kv_cache import KVCache
+from nrt_fast.decode import MAX_STEPS, Decoding
 from nrt_fast.metrics import mean
-from nrt_fast.model import Model
+from nrt_fast.streams import Group, Stream
 from nrt_fast.types import Example, Scores, Traces
 
 HARD_SHARE = 0.1
@@ -43,34 +42,30 @@ class HeldOut:
     num_items: int
 
 
-@torch.no_grad()
-def greedy_answers(
-    model: Model, cache: KVCache, pending: list[list[list[int]]], delimiter_id: int, eos_id: int, max_length: int
-) -> list[list[list[int]]]:
-    """Greedy answer of every row of the cache, the empty trace included: [P][G + 1] ids, closed by EOS or cut.
+def greedy_answers(decoding: Decoding, groups: list[Group], delimiter_id: int) -> list[list[list[int]]]:
+    """Greedy answer after every trace and after the empty one: [groups][G + 1] ids, closed by EOS or cut.
 
-    The answers' keys and values stay in the cache.
+    The groups are in the cache and have pages for it; the answers' keys and values are appended to the traces'.
+
+    Args:
+        decoding: greedy, ends at EOS.
     """
-    device = model.embed.device
-    hidden_TD, num_new_PG = model.extend_rows([[ids + [delimiter_id] for ids in group] for group in pending], cache)
-    cache.own.advance(num_new_PG.to(device))
-    hidden_ND = hidden_TD[(num_new_PG.flatten().cumsum(0) - 1).to(device)]
-    one_PG, answers = torch.ones_like(num_new_PG), []
-    live_N = torch.ones(num_new_PG.numel(), dtype=torch.bool, device=device)
-    for _ in range(max_length):
-        ids_N = ops.linear_logits(hidden_ND, model.head).argmax(dim=-1)
-        answers.append(torch.where(live_N, ids_N, eos_id))
-        live_N = live_N & (ids_N != eos_id)
-        if not live_N.any() or len(answers) == max_length:
-            break
-        hidden_ND = model.extend(ids_N, one_PG, cache.own, cache.prompt)
-        cache.own.advance(live_N.view_as(cache.own.lens_PG))
-    rows = iter([_until(row, eos_id) for row in torch.stack(answers, 1).tolist()])
-    return [[next(rows) for _ in group] for group in pending]
-
-
-def _until(ids: list[int], eos_id: int) -> list[int]:
-    return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids
+    length = decoding.sampling.max_length
+    work = []
+    for group in groups:
+        streams = [
+            Stream(number, [*stream.ids, delimiter_id], len(stream.ids) + 1, stream.cached)
+            for number, stream in enumerate([*group.streams, Stream(len(group.streams))])
+        ]
+        for stream in streams:
+            decoding.cache.reserve(stream.cached, len(stream.ids) + length)
+        work.append((replace(group, streams=streams), streams))
+    decoding.start(work)
+    while live := [(group, rows) for group, streams in work if (rows := [s for s in streams if not s.is_over])]:
+        decoding.run(live, min(MAX_STEPS, length))
+    for _, streams in work:
+        decoding.cache.drop(streams[-1].cached)
+    return [[stream.ids[stream.first :] for stream in streams] for _, streams in work]
 
 
 def summarise(examples: list[Example], traces: Traces, scores: Scores, answers: list[list[list[int]]]) -> HeldOut:

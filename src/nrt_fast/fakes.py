@@ -12,6 +12,12 @@ def sample_logprob(
     return logits_NV.new_empty(N, dtype=torch.int64), logits_NV.new_empty(N, dtype=torch.float32)
 
 
+@torch.library.register_fake("nrt_fast::philox_uniform")
+def philox_uniform(seed: int, step: int, *counters: Tensor) -> Tensor:
+    shape = torch.broadcast_shapes(*(counter.shape for counter in counters))
+    return counters[0].new_empty(shape, dtype=torch.float64)
+
+
 @torch.library.register_fake("nrt_fast::adamw")
 def adamw(*_) -> None:
     pass
@@ -39,9 +45,47 @@ def linear_logprob_loss(hidden_ND: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, 
     return loss, logprob_N, entropy_N, hidden_ND.new_empty(hidden_ND.shape)
 
 
+@torch.library.register_fake("nrt_fast::pack_panels")
+def pack_panels(*_) -> None:
+    pass
+
+
+@torch.library.register_fake("nrt_fast::panel_linear")
+def panel_linear(x_TK: Tensor, panels: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
+    return x_TK.new_empty(len(x_TK), num_outputs)
+
+
+@torch.library.register_fake("nrt_fast::panel_logits")
+def panel_logits(x_TK: Tensor, panels: Tensor, num_outputs: int) -> Tensor:
+    return x_TK.new_empty(len(x_TK), num_outputs, dtype=torch.float32)
+
+
+@torch.library.register_fake("nrt_fast::rms_norm")
+def rms_norm(x: Tensor, *_) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("nrt_fast::add_rms_norm")
+def add_rms_norm(x_TD: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(x_TD.shape)
+
+
+@torch.library.register_fake("nrt_fast::swiglu")
+def swiglu(gate_up_T2F: Tensor) -> Tensor:
+    return gate_up_T2F.new_empty(gate_up_T2F.shape[0], gate_up_T2F.shape[2])
+
+
+@torch.library.register_fake("nrt_fast::rotate_write")
+def rotate_write(q_THE: Tensor, *_) -> Tensor:
+    return q_THE.new_empty(q_THE.shape)
+
+
 # Their results never require a gradient, even of operands that do.
 _not_differentiable = torch.library.Library("nrt_fast", "IMPL")
-for _name in ("linear_logprob", "linear_logprob_stats", "linear_logprob_loss"):
+for _name in (
+    "linear_logprob", "linear_logprob_stats", "linear_logprob_loss", "pack_panels", "panel_linear", "panel_logits",
+    "rms_norm", "add_rms_norm", "swiglu", "rotate_write",
+):  # fmt: skip
     _not_differentiable.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 

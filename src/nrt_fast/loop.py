@@ -17,7 +17,7 @@ import nrt_fast
 from nrt_fast import checkpoint
 from nrt_fast.completions import write_completions
 from nrt_fast.config import TrainConfig
-from nrt_fast.diagnostics import count_tokens, over_minibatches, rollout_metrics, train_metrics
+from nrt_fast.diagnostics import count_tokens, engine_metrics, over_minibatches, rollout_metrics, train_metrics
 from nrt_fast.engine import Thoughts, noise_floor
 from nrt_fast.evaluate import summarise
 from nrt_fast.metrics import MetricsFile, Timer, replace_file
@@ -27,7 +27,6 @@ from nrt_fast.report import Report, Sample
 from nrt_fast.resolve import NUM_PROGRESS
 from nrt_fast.rewards import Rewards, aggregate, reward
 from nrt_fast.run import Run, prepare
-from nrt_fast.score import baseline_logprobs
 from nrt_fast.signals import stop_requested
 from nrt_fast.train_step import train_step
 from nrt_fast.types import Example, Scores, Traces, UserError
@@ -71,7 +70,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         UserError: bad input, told in one line; what was written before is valid.
     """
-    run = prepare(config)
+    run = prepare(config, say=print)
     output_dir, num_steps = run.output_dir, run.config.max_steps
     resumed = checkpoint.to_resume(output_dir, run.config.resume_from_checkpoint)
     checkpoint.claim_folder(output_dir, run.identity)
@@ -111,7 +110,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def dry_run(config: TrainConfig) -> None:
     """Do everything up to one whole step, in memory; write nothing."""
-    run = prepare(replace(config, report_to="none", eval_steps=0))
+    run = prepare(replace(config, report_to="none", eval_steps=0), say=print)
     with Report(run.config) as report:
         report.start(run)
         report.step(step(run, Progress(step=1)))
@@ -128,7 +127,7 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
     """One rollout and what is learnt from it; returns the step's metrics."""
     config, timer = run.config, Timer()
     started = time.perf_counter()
-    examples = run.take()
+    examples, before = run.take(), asdict(run.engine.counters)
     thoughts = think(run, examples, config.num_generations, config.temperature, progress.step, timer)
     with timer("score"):
         scores = _with_baseline(run, examples, thoughts.scores)
@@ -136,6 +135,7 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
     row = {}
     if config.num_generations:
         row = rollout_metrics(examples, thoughts.traces, scores, rewards, run.objective)
+        row |= engine_metrics({name: total - before[name] for name, total in asdict(run.engine.counters).items()})
     with timer("train"):
         lr = learning_rate(
             progress.step, config.max_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_steps
@@ -248,7 +248,7 @@ def _with_baseline(run: Run, examples: list[Example], scores: Scores) -> Scores:
 
 def _baseline(run: Run, model, examples: list[Example]) -> list[Tensor]:
     prompts, answers = [e.prompt_ids for e in examples], [e.answer_ids for e in examples]
-    return baseline_logprobs(model, prompts, answers, run.delimiter.id)
+    return run.engine.on(model).score(prompts, [[] for _ in prompts], answers).baseline_logprobs
 
 
 def _measure_noise(run: Run) -> float:

@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nrt_fast.reference import adamw as adamw_
-from nrt_fast.reference import attention, layers, logprob, loss, pack, rewards, sample
+from nrt_fast.reference import attention, layers, logprob, loss, pack, panels, rewards, sample
 from nrt_fast.reference import gather_rows as gather_rows_
 from nrt_fast.reference import logsoftmax_gather as gather
 
@@ -33,13 +35,17 @@ logger = logging.getLogger(__name__)
 _LADDER: dict[str, tuple[Backend, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
 _references: dict[str, Callable] = {}
 _twins: dict[str, tuple[Backend, ...]] = {}
+_forward_only: dict[str, Backend | None] = {}
 _forced: Backend | None = None
 
 
 def backend() -> dict[str, Backend]:
-    """What runs each op on each kind of device that is here: ``{"pack_bins/cpu": "native", ...}``."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return {f"{op}/{device}": _choose(op, device, None) for op in _references for device in devices}
+    """What runs each op on each kind of device that is here, gradients being on or off as they are now.
+
+    ``{"pack_bins/cpu": "native", ...}``
+    """
+    devices, grad = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"], torch.is_grad_enabled()
+    return {f"{op}/{device}": _choose(op, device, None, grad) for op in _references for device in devices}
 
 
 @contextmanager
@@ -77,19 +83,29 @@ def _load_extension() -> None:
     import_module("nrt_fast.fakes")
 
 
+def _obstacle(op: str, backend: Backend, grad: bool) -> str | None:
+    """Why an op cannot run on a backend, or None."""
+    if backend == "reference":
+        return None
+    if backend not in _twins[op]:
+        return missing(backend) or "there is no such implementation"
+    if grad and backend == _forward_only[op]:
+        return "it has no backward; torch.no_grad() turns gradients off"
+    return missing(backend)
+
+
 @functools.cache
-def _choose(op: str, device: str, forced: Backend | None) -> Backend:
+def _choose(op: str, device: str, forced: Backend | None, grad: bool = True) -> Backend:
     if forced is None:
-        ladder = _LADDER.get(device, ("reference",))
-        return next(b for b in ladder if b == "reference" or (b in _twins[op] and missing(b) is None))
-    if forced != "reference" and (forced not in _twins[op] or missing(forced)):
-        raise LookupError(f"{op} on {forced}: {missing(forced) or 'there is no such implementation'}")
+        return next(b for b in _LADDER.get(device, ("reference",)) if _obstacle(op, b, grad) is None)
+    if obstacle := _obstacle(op, forced, grad):
+        raise LookupError(f"{op} on {forced}: {obstacle}")
     return forced
 
 
 @functools.cache
-def _implementation(op: str, device: str, forced: Backend | None) -> Callable:
-    chosen = _choose(op, device, forced)
+def _implementation(op: str, device: str, forced: Backend | None, grad: bool = True) -> Callable:
+    chosen = _choose(op, device, forced, grad)
     if chosen in ("native", "cuda"):
         return getattr(torch.ops.nrt_fast, op).default
     if chosen == "triton":
@@ -97,26 +113,65 @@ def _implementation(op: str, device: str, forced: Backend | None) -> Callable:
     return _references[op]
 
 
-def _op(reference: Callable[P, R], *twins: Backend, **checked: torch.dtype | None) -> Callable[P, R]:
-    """The dispatched form of a reference; ``checked`` names the tensors to check, with their dtype (None: any)."""
+def _op(
+    reference: Callable[P, R], *twins: Backend, forward_only: Backend | None = None, **checked: torch.dtype | None
+) -> Callable[P, R]:
+    """The dispatched form of a reference; ``checked`` names the tensors to check, with their dtype (None: any).
+
+    A twin without a backward is ``forward_only``: it runs where gradients are off.
+    """
     name = reference.__name__
     parameters = list(inspect.signature(reference).parameters)
     specs = [(parameter, _dimensions(parameter), dtype) for parameter, dtype in checked.items()]
-    _references[name], _twins[name] = reference, twins
+    fit = _quick_check([(parameters.index(parameter), *spec) for parameter, *spec in specs])
+    _references[name], _forward_only[name] = reference, forward_only
+    _twins[name] = (*twins, forward_only) if forward_only else twins
 
     @functools.wraps(reference)
     def op(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = next((value.device.type for value in args if isinstance(value, Tensor)), "cpu")
-        if specs:
+        if specs and (kwargs or not fit(args)):
             _check(specs, dict(zip(parameters, args, strict=False)) | kwargs)
-        return _implementation(name, device, _forced)(*args, **kwargs)
+        first = args[0] if args and isinstance(args[0], Tensor) else next(filter(_is_tensor, args), None)
+        device = "cpu" if first is None or first.is_cpu else first.device.type
+        return _implementation(name, device, _forced, torch.is_grad_enabled())(*args, **kwargs)
 
     return op
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _dimensions(parameter: str) -> tuple[str, ...]:
     """A parameter's suffix is its shape: ``entries_M3`` is [M, 3]; prefix sums ``cu_...`` have one axis of any size."""
     return ("*",) if parameter.startswith("cu_") else tuple(re.search(r"_([A-Z0-9]+)$", parameter)[1])
+
+
+def _quick_check(specs: list[tuple[int, tuple[str, ...], torch.dtype | None]]) -> Callable[[tuple], bool]:
+    """Whether all tensors at these positions are there and fit; if not, ``_check`` finds out whether that is wrong.
+
+    Decoding calls hundreds of ops a token: all sizes are compared at once, with those of their letters' first axes.
+    """
+    positions, ranks = [position for position, *_ in specs], [len(dimensions) for _, dimensions, _ in specs]
+    dtypes = [(position, dtype) for position, _, dtype in specs if dtype]
+    axes = [axis for _, dimensions, _ in specs for axis in dimensions]
+    constants = tuple(sorted({0, *(int(axis) for axis in axes if axis.isdigit())}))
+    names = [*map(str, constants), *axes]
+    expected = itemgetter(*(i if name == "*" else names.index(name) for i, name in enumerate(names)))
+
+    def fit(args: tuple) -> bool:
+        try:
+            shapes = [args[position].shape for position in positions]
+        except (IndexError, AttributeError):  # an optional tensor is not there
+            return False
+        if list(map(len, shapes)) != ranks:
+            return False
+        sizes = (*constants, *chain.from_iterable(shapes))
+        if expected(sizes) != sizes:
+            return False
+        return not dtypes or all(args[position].dtype == dtype for position, dtype in dtypes)
+
+    return fit
 
 
 def _check(specs: list[tuple[str, tuple[str, ...], torch.dtype | None]], values: dict[str, object]) -> None:
@@ -167,7 +222,19 @@ sample_logprob = _op(
     sample.sample_logprob, "native", "triton", logits_NV=None, uniform_N=torch.float64, floor_N=torch.float32
 )
 sampling_floor = _op(sample.sampling_floor, logits_NV=None)
-philox_uniform = _op(sample.philox_uniform, "triton")
+_philox_uniform = _op(sample.philox_uniform, "native", "triton")
+
+
+@functools.wraps(_philox_uniform)
+def philox_uniform(seed: int, step: int, prompt: Tensor, trace: Tensor, position: Tensor) -> Tensor:
+    # torch's integers are signed: a key of 64 bits goes as the number that has them.
+    return _philox_uniform(_signed(seed), _signed(step), prompt, trace, position)
+
+
+def _signed(word: int) -> int:
+    return ((word + 2**63) & 0xFFFFFFFF_FFFFFFFF) - 2**63
+
+
 prefix_attention = _op(
     attention.prefix_attention, "native", "triton", q_THE=None, prefix_k_NKSE=None, prefix_v_NKSE=None,
     prefix_pages_PX=torch.int32, prefix_lens_P=torch.int32, own_k_MKZE=None, own_v_MKZE=None,
@@ -176,13 +243,13 @@ prefix_attention = _op(
 gather_rows = _op(
     gather_rows_.gather_rows, "triton", x_TKE=None, index_R=torch.int64, copies_R=torch.int64, cu_copies=torch.int64
 )
-rms_norm = _op(layers.rms_norm, "triton", weight_D=None)
-add_rms_norm = _op(layers.add_rms_norm, "triton", x_TD=None, residual_TD=None, weight_D=None)
-swiglu = _op(layers.swiglu, "triton", gate_up_T2F=None)
+rms_norm = _op(layers.rms_norm, "triton", forward_only="native", weight_D=None)
+add_rms_norm = _op(layers.add_rms_norm, "triton", forward_only="native", x_TD=None, residual_TD=None, weight_D=None)
+swiglu = _op(layers.swiglu, "triton", forward_only="native", gate_up_T2F=None)
 rotate = _op(layers.rotate, "triton", q_THE=None, k_TKE=None, cos_TF=None, sin_TF=None)
 rotate_write = _op(
-    layers.rotate_write, "triton", q_THE=None, k_TKE=None, v_TKE=None, cos_TF=None, sin_TF=None, k_pages_NKSE=None,
-    v_pages_NKSE=None, page_T=None, slot_T=None,
+    layers.rotate_write, "triton", forward_only="native", q_THE=None, k_TKE=None, v_TKE=None, cos_TF=None, sin_TF=None,
+    k_pages_NKSE=None, v_pages_NKSE=None, page_T=None, slot_T=None,
 )  # fmt: skip
 aggregate_rewards = _op(
     rewards.aggregate_rewards, "native", "triton", logc_C=torch.float32, logb_A=torch.float32, closed_N=torch.bool,
@@ -194,3 +261,7 @@ reinforce = _op(loss.reinforce)
 kl_estimate = _op(loss.kl_estimate)
 adamw = _op(adamw_.adamw, "native", "triton")
 grad_norm = _op(adamw_.grad_norm, "native")
+panel_shape = panels.panel_shape
+pack_panels = _op(panels.pack_panels, "native")
+panel_linear = _op(panels.panel_linear, forward_only="native", x_TK=None)
+panel_logits = _op(panels.panel_logits, forward_only="native", x_TK=None)

@@ -1,128 +1,223 @@
-"""Sample G traces for each prompt, and keep the cache they were sampled with."""
+"""Sample G traces of each prompt: admit groups, decode, retire what ends, refill, and hand out complete groups."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from nrt_fast.decode import Decoding, Work, prefill
+from nrt_fast.model.inference import Inference
+from nrt_fast.streams import Group, Stream
 
-from nrt_fast import ops
-from nrt_fast.kv_cache import KVCache
-from nrt_fast.model import Model
-from nrt_fast.types import Traces
+
+@dataclass
+class RolloutCounters:
+    """Tokens through the model, and what the scheduler did.
+
+    Attributes:
+        prefill_tokens: of prompts.
+        decode_tokens: ids sampled, delimiters included.
+        decode_steps: steps of a batch.
+        num_paused: times that a trace gave its pages up.
+        recomputed_tokens: ids fed a second time for it.
+    """
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    decode_steps: int = 0
+    num_paused: int = 0
+    recomputed_tokens: int = 0
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How traces are drawn and what ends them.
+class Room:
+    """What a rollout may use.
 
     Attributes:
-        num_generations: G, traces per prompt; 0 samples nothing.
-        max_trace_length: ids sampled at most, the delimiter among them.
-        temperature: 0 is greedy.
-        delimiter_id: ends a trace and is not part of it.
-        eos_ids: end a trace and stay its last id.
-        seed: key of the noise.
+        num_slots: traces decoded at a time.
+        answer_length: slots kept for behind each trace of a complete group, and behind its empty trace.
+        batch_rows: complete rows that are worth handing out.
     """
 
-    num_generations: int
-    max_trace_length: int
-    temperature: float
-    delimiter_id: int
-    eos_ids: tuple[int, ...]
-    seed: int
+    num_slots: int
+    answer_length: int
+    batch_rows: int = 64
 
 
-@dataclass(frozen=True)
-class LiveRollout:
-    """Traces with their cache.
-
-    Attributes:
-        traces: what was sampled.
-        cache: prompts and traces; the last row of each group is the empty trace.
-        pending: [P][G + 1] ids that are part of the trace but not yet in the cache.
-    """
-
-    traces: Traces
-    cache: KVCache
-    pending: list[list[list[int]]]
-
-
-@torch.no_grad()
 def rollout(
-    model: Model, prompts: list[list[int]], uids: list[int], sampling: Sampling, step: int, answer_slots: int
-) -> LiveRollout:
-    """Prefill each prompt once, then decode G traces of each until all have ended.
+    inference: Inference, decoding: Decoding, groups: list[Group], room: Room, num_steps: int, counters: RolloutCounters
+) -> Iterator[list[Group]]:
+    """Decode every stream of the groups, in slots that are refilled as they fall free; yields complete groups.
 
-    A token's noise is keyed by (seed, step, uid of the prompt, trace, position), so a trace depends neither on its
-    neighbours nor on the order of the prompts (method section 1).
+    A token's noise is keyed by what it is (method section 1), so neither the order nor the number of slots nor a pause
+    changes a trace. What is yielded still has its keys and values, and there is room behind it for
+    ``room.answer_length`` slots a row; the caller releases it before it asks for more.
 
     Args:
-        model: in any mode; nothing is trained here.
-        prompts: P lists of ids.
-        uids: P distinct numbers that key the noise.
-        sampling: see Sampling.
-        step: of the run.
-        answer_slots: room kept behind each trace for what is scored or decoded there.
+        groups: longest expected first; none is in the cache yet.
+        num_steps: between two looks of the host.
     """
-    G = sampling.num_generations
-    cache, hidden_PD = model.prefill(prompts, G + 1, sampling.max_trace_length + answer_slots)
-    if G == 0:
-        nothing = [[] for _ in prompts]
-        return LiveRollout(Traces(nothing, nothing, nothing), cache, [[[]] for _ in prompts])
-    traces = _collect(*_decode(model, hidden_PD, cache, uids, sampling, step), G, sampling.delimiter_id)
-    # The last id of a trace that did not end with the delimiter was sampled, but never fed.
-    pending = [
-        [ids[-1:] if end is None else [] for ids, end in zip(group, ends, strict=True)] + [[]]
-        for group, ends in zip(traces.trace_ids, traces.delimiter_logprobs, strict=True)
-    ]
-    return LiveRollout(traces, cache, pending)
+    schedule = Schedule(inference, decoding, groups, room, counters)
+    while schedule.is_unfinished:
+        schedule.admit()
+        schedule.decode(num_steps)
+        yield from schedule.complete()
 
 
-def _decode(
-    model: Model, hidden_PD: Tensor, cache: KVCache, uids: list[int], sampling: Sampling, step: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and log-probs [N, Z], and how many of them each row sampled, on the CPU."""
-    device, P, G = hidden_PD.device, len(uids), sampling.num_generations
-    own = cache.own.first(G)
-    num_new_PG = torch.ones(P, G, dtype=torch.int64)
-    stops = torch.tensor([sampling.delimiter_id, *sampling.eos_ids], device=device)
-    uniform_NZ = ops.philox_uniform(
-        sampling.seed,
-        step,
-        torch.tensor(uids, device=device)[:, None, None],
-        torch.arange(G, device=device)[:, None],
-        torch.arange(sampling.max_trace_length, device=device),
-    ).flatten(0, 1)
-    hidden_ND = hidden_PD.repeat_interleave(G, dim=0)
-    live_N = torch.ones(P * G, dtype=torch.bool, device=device)
-    num_sampled_N = torch.zeros(P * G, dtype=torch.int64, device=device)
-    ids, logprobs = [], []
-    for position in range(sampling.max_trace_length):
-        logits_NV = ops.linear_logits(hidden_ND, model.head)
-        ids_N, logprob_N = ops.sample_logprob(logits_NV, uniform_NZ[:, position], sampling.temperature)
-        ids.append(ids_N)
-        logprobs.append(logprob_N)
-        num_sampled_N += live_N
-        live_N = live_N & ~torch.isin(ids_N, stops)
-        if position == sampling.max_trace_length - 1 or not live_N.any():
-            break
-        # Rows that have ended run along; what they write stays past their length.
-        hidden_ND = model.extend(ids_N, num_new_PG, own, cache.prompt)
-        own.advance(live_N.view(P, G))
-    return torch.stack(ids, 1).cpu(), torch.stack(logprobs, 1).cpu(), num_sampled_N.cpu()
+class Schedule:
+    """Which streams hold slots and pages.
 
+    A stream waits, is active (has a slot), or is over. Streams that are over keep their pages until their group is
+    complete and handed out. When pages run out, the youngest group gives up streams, the last ones first: their ids
+    stay, and their keys and values are computed again.
+    """
 
-def _collect(ids_NZ: Tensor, logprobs_NZ: Tensor, num_sampled_N: Tensor, num_rows: int, delimiter_id: int) -> Traces:
-    trace_ids, logprobs, delimiter_logprobs = [], [], []
-    for ids, row, num in zip(ids_NZ.tolist(), logprobs_NZ.tolist(), num_sampled_N.tolist(), strict=True):
-        length = num - (ids[num - 1] == delimiter_id)
-        trace_ids.append(ids[:length])
-        logprobs.append(row[:length])
-        delimiter_logprobs.append(row[length] if length < num else None)
+    def __init__(
+        self, inference: Inference, decoding: Decoding, groups: list[Group], room: Room, counters: RolloutCounters
+    ):
+        self.inference, self.decoding, self.cache, self.room = inference, decoding, decoding.cache, room
+        self.counters = counters
+        self.groups = list(groups)  # not handed out yet, oldest first
+        self.active: set[Stream] = set()
+        self.mean_length = decoding.sampling.max_length / 2
+        self._num_over = 0
 
-    def groups(rows: list) -> list[list]:
-        return [rows[start : start + num_rows] for start in range(0, len(rows), num_rows)]
+    @property
+    def is_unfinished(self) -> bool:
+        """Some group is not handed out."""
+        return bool(self.groups)
 
-    return Traces(groups(trace_ids), groups(logprobs), groups(delimiter_logprobs))
+    def admit(self) -> None:
+        """Fill free slots with waiting streams, whole groups where they fit; refills wait until they pay."""
+        num_free = self.room.num_slots - len(self.active)
+        if self.active and num_free < max(1, self.room.num_slots // 10):
+            return
+        pages = self.cache.num_free - sum(self._pages_to_come(stream) for stream in self.active)
+        work: Work = []
+        for group in self.groups:
+            waiting = [stream for stream in group.streams if not stream.is_over and stream not in self.active]
+            if not waiting:
+                continue
+            needed = self._prompt_pages(group) + sum(map(self._pages_to_come, waiting))
+            is_whole = needed <= pages and num_free >= min(len(waiting), self.room.num_slots)
+            if (work or self.active) and not is_whole:
+                break
+            admitted = self._reserve(group, waiting[:num_free])
+            if admitted:
+                work.append((group, admitted))
+            num_free -= len(admitted)
+            pages -= needed
+        if work:
+            self._start(work)
+
+    def _prompt_pages(self, group: Group) -> int:
+        return self.cache.pages_for(len(group.prompt_ids)) - len(group.prompt.pages)
+
+    def _pages_to_come(self, stream: Stream) -> int:
+        """Pages that a stream lacks for its expected length."""
+        length = max(round(self.mean_length), len(stream.ids) + 1)
+        return max(0, self.cache.pages_for(length) - len(stream.cached.pages))
+
+    def _reserve(self, group: Group, streams: list[Stream]) -> list[Stream]:
+        """The streams that get pages for one id more than they have; where nothing runs, others lose theirs."""
+        while not self.cache.reserve(group.prompt, len(group.prompt_ids)):
+            if self.active or not self._make_room(keep=group):
+                return []
+        reserved = []
+        for stream in streams:
+            while not self.cache.reserve(stream.cached, len(stream.ids) + 1):
+                if reserved or self.active or not self._make_room(keep=group):
+                    return reserved
+            reserved.append(stream)
+        return reserved
+
+    def _start(self, work: Work) -> None:
+        new = [group for group, _ in work if not group.prompt.length]
+        if new:
+            prefill(self.inference, self.cache, new)
+            self.counters.prefill_tokens += sum(len(group.prompt_ids) for group in new)
+        self.counters.recomputed_tokens += sum(len(s.pending) for _, streams in work for s in streams)
+        self.decoding.start(work)
+        streams = [stream for _, streams in work for stream in streams]
+        self.counters.decode_tokens += len(streams)
+        self.active |= set(streams)
+        self._retire()
+
+    def decode(self, num_steps: int) -> None:
+        """Some ids more for every active stream, after the youngest have made room for them."""
+        for group in self.groups:
+            for stream in group.streams:
+                length = min(len(stream.ids) + num_steps, self.decoding.sampling.max_length)
+                while stream in self.active and not self.cache.reserve(stream.cached, length):
+                    if not self._make_room(group, until=stream):
+                        self._pause(group, stream)
+        if not self.active:
+            return
+        work = [(g, [s for s in g.streams if s in self.active]) for g in self.groups]
+        work = [(group, streams) for group, streams in work if streams]
+        before = sum(s.num_sampled + (s.end is not None) for s in self.active)
+        self.counters.decode_steps += self.decoding.run(work, num_steps)
+        self.counters.decode_tokens += sum(s.num_sampled + (s.end is not None) for s in self.active) - before
+        self._retire()
+
+    def _retire(self) -> None:
+        for stream in [stream for stream in self.active if stream.is_over]:
+            self.active.discard(stream)
+            self._num_over += 1
+            self.mean_length += (stream.num_sampled - self.mean_length) / self._num_over
+
+    def complete(self) -> Iterator[list[Group]]:
+        """Hand out complete groups: when they are worth a pass, when pages are short, or when nothing else goes on."""
+        while complete := [group for group in self.groups if group.is_over]:
+            rows = sum(len(group.streams) + 1 for group in complete)
+            if self.active and rows < self.room.batch_rows and not self._is_short():
+                return
+            part = self._with_answers(complete)
+            self.groups = [group for group in self.groups if group not in part]
+            yield part
+
+    def _is_short(self) -> bool:
+        return self.cache.num_free < self.cache.num_pages // 8
+
+    def _with_answers(self, complete: list[Group]) -> list[Group]:
+        """As many of the complete groups as there is room for; the first one may take it from all others."""
+        part, needed = [], 0
+        for group in complete:
+            while (own := self._answer_pages(group)) + needed > self.cache.num_free:
+                if part or not self._make_room(keep=group):
+                    break
+            else:
+                part.append(group)
+                needed += own
+        return part
+
+    def _answer_pages(self, group: Group) -> int:
+        """Pages that a group lacks to be scored: for the answers, the empty trace, and what was dropped."""
+        pages_for, length = self.cache.pages_for, self.room.answer_length
+        rows = [(len(group.prompt_ids), group.prompt)] + [(len(s.ids) + length, s.cached) for s in group.streams]
+        return pages_for(length) + sum(max(0, pages_for(size) - len(cached.pages)) for size, cached in rows)
+
+    def _make_room(self, keep: Group, until: Stream | None = None) -> bool:
+        """Take the pages of one stream, the last one of the youngest group but for what is kept; False: there is none.
+
+        Args:
+            keep: a group that loses nothing, or only the streams behind ``until``; then older groups are kept too.
+        """
+        for group in reversed(self.groups):
+            if group is keep and until is None:
+                continue
+            for stream in reversed(group.streams):
+                if stream is until:
+                    return False
+                if stream.cached.pages:
+                    self._pause(group, stream)
+                    return True
+            if group.prompt.pages and group is not keep:
+                group.release(self.cache)
+                return True
+        return False
+
+    def _pause(self, group: Group, stream: Stream) -> None:
+        self.counters.num_paused += stream in self.active
+        self.active.discard(stream)
+        self.cache.drop(stream.cached)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor
 
 from nrt_fast import checkpoint
-from nrt_fast.config import Objective, TrainConfig
-from nrt_fast.data import Data, Delimiter, Limits, Order, check_vocabulary, choose_delimiter, load_data, load_tokenizer
-from nrt_fast.engine import MAX_CACHE_BYTES, Engine
+from nrt_fast.config import EstimateConfig, Objective, TrainConfig
+from nrt_fast.data import Data, Delimiter, Limits, Order, load_data
+from nrt_fast.engine import Engine
 from nrt_fast.model import Model
-from nrt_fast.model.model import model_folder
+from nrt_fast.model.config import ModelConfig
 from nrt_fast.optim import AdamW
-from nrt_fast.resolve import SCALES, Scale, resolve_lengths, resolve_output_dir, resolve_steps
-from nrt_fast.starter import MODEL_DIR
+from nrt_fast.plan import GIB, MemoryPlan, Sizes, plan_training
+from nrt_fast.resolve import Scale, resolve_lengths, resolve_output_dir, resolve_steps
+from nrt_fast.source import choose_device, choose_dtype, choose_scale, device_memory, open_source, read_shape
 from nrt_fast.trackers import find_trackers
 from nrt_fast.types import Example, UserError
 
@@ -106,6 +108,10 @@ class Run:
             files["ema"] = {"flat": self.ema.flat}
         if self.frozen is not None:
             files["frozen"] = {"flat": self.frozen.weights.flat}
+        if lengths := self.engine.trace_lengths:
+            # They order a rollout, and on CUDA a batch's rows are rounded as its order and size have it.
+            uids, values = torch.tensor(list(lengths)), torch.tensor(list(lengths.values()), dtype=torch.float64)
+            files["trace_lengths"] = {"uids": uids, "lengths": values}
         if self.frozen_logprobs:
             files["frozen_logprobs"] = {str(uid): log_b for uid, log_b in self.frozen_logprobs.items()}
         return files
@@ -127,13 +133,15 @@ class Run:
         if self.frozen is not None:
             self.frozen.weights.flat.copy_(tensors["frozen"]["flat"])
         self.frozen_logprobs = {int(uid): log_b for uid, log_b in tensors.get("frozen_logprobs", {}).items()}
+        lengths = {name: tensor.tolist() for name, tensor in tensors.get("trace_lengths", {}).items()}
+        self.engine.trace_lengths = dict(zip(lengths.get("uids", []), lengths.get("lengths", []), strict=True))
         self.order.load_state_dict(state["order"])
         self.noise = state["noise"]
         return state
 
 
-def prepare(config: TrainConfig) -> Run:
-    """Read model and data, decide what the configuration leaves open, allocate.
+def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> Run:
+    """Read model and data, decide what the configuration leaves open, tell the memory of it all, allocate.
 
     Raises:
         UserError: anything that cannot work, before anything is written.
@@ -141,52 +149,78 @@ def prepare(config: TrainConfig) -> Run:
     config.check()
     find_trackers(config)
     objective = config.resolved_objective()
-    device = _device(config.device)
-    dtype = _dtype(config.dtype, device)
-    source = MODEL_DIR if config.model_name_or_path is None else model_folder(config.model_name_or_path)
-    model = Model.from_pretrained(source, dtype, device)
-    tokenizer = load_tokenizer(str(source))
-    check_vocabulary(tokenizer, model.config.vocab_size)
-    delimiter = choose_delimiter(tokenizer, config.delimiter)
-    if delimiter.id >= model.config.vocab_size:
-        model = model.grown(delimiter.id + 1 - model.config.vocab_size, copy_of=tokenizer.eos_token_id)
-    scale = _scale(config, device)
-    num_heldout = scale.heldout if config.num_eval_prompts is None else config.num_eval_prompts
-    config = resolve_lengths(config, scale, model.config.max_position_embeddings)
+    source = open_source(config)
+    scale = choose_scale(config, source.device)
+    config = resolve_lengths(config, scale, source.shape.max_position_embeddings)
     limits = Limits(
         config.max_prompt_length, config.max_answer_length, config.overlong_prompts, config.overlong_answers
     )
-    data = load_data(config, tokenizer, limits, num_heldout)
+    num_heldout = scale.heldout if config.num_eval_prompts is None else config.num_eval_prompts
+    data = load_data(config, source.tokenizer, limits, num_heldout)
+    plan = plan_run(config, scale, source.shape, source.dtype, source.device, device_memory(source.device))
+    say(str(plan))
     config = resolve_steps(config, scale, len(data.train))
     config = replace(
         config,
         num_eval_prompts=len(data.heldout),
         num_generations=0 if config.objective == "sft" else config.num_generations,
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
+        max_tokens_per_batch=min(config.max_tokens_per_batch, plan.sizes.batch_tokens),
+        dtype=source.dtype_name,
+        device=str(source.device),
         output_dir=resolve_output_dir(config),
     )
-    eos_ids = tuple(dict.fromkeys([tokenizer.eos_token_id, *model.eos_ids]))
+    engine = source.engine(config, plan.cache_bytes)
+    model = engine.model
     return Run(
         config=config,
         objective=objective,
-        source=source,
-        tokenizer=tokenizer,
-        delimiter=delimiter,
+        source=source.folder,
+        tokenizer=source.tokenizer,
+        delimiter=source.delimiter,
         data=data,
         order=Order(data.num_per_dataset, config.dataset_weights, config.seed),
         model=model,
-        engine=Engine(model, delimiter_id=delimiter.id, eos_id=eos_ids, max_cache_bytes=_cache_bytes(device)),
+        engine=engine,
         optimizer=_optimizer(model, config),
         frozen=model.clone() if objective.baseline == "frozen" or objective.beta else None,
         ema=WeightAverage(model) if objective.baseline == "ema" else None,
     )
 
 
-def _scale(config: TrainConfig, device: torch.device) -> Scale:
-    if config.model_name_or_path is None and config.dataset_name is None:
-        return SCALES["starter"]
-    return SCALES["cuda" if device.type == "cuda" else "cpu"]
+def plan_run(
+    config: TrainConfig, scale: Scale, shape: ModelConfig, dtype: torch.dtype, device: torch.device, device_bytes: int
+) -> MemoryPlan:
+    """The memory of a run whose lengths are resolved; UserError where it cannot fit."""
+    objective = config.resolved_objective()
+    ema = objective.baseline == "ema"
+    sizes = Sizes(
+        config.max_prompt_length,
+        config.max_trace_length,
+        config.max_answer_length,
+        0 if config.objective == "sft" else config.num_generations,
+        config.max_tokens_per_batch or scale.tokens_per_batch,
+        num_copies=ema + (objective.baseline == "frozen" or bool(objective.beta)),
+        num_fp32_copies=int(ema),
+    )
+    name = str(dtype).removeprefix("torch.")
+    return plan_training(shape, name, device.type, device_bytes, sizes, shrink=config.max_tokens_per_batch is None)
+
+
+def estimate(config: EstimateConfig) -> MemoryPlan:
+    """Print the memory of a run from the model's configuration alone; a device whose memory is told need not be here.
+
+    Raises:
+        UserError: bad input, or a run that cannot fit.
+    """
+    config.check()
+    told = config.device_memory_gib
+    device = choose_device(config.device, must_be_here=told is None)
+    scale, shape = choose_scale(config, device), read_shape(config.model_name_or_path)
+    config = resolve_lengths(config, scale, shape.max_position_embeddings)
+    device_bytes = device_memory(device) if told is None else int(told * GIB)
+    plan = plan_run(config, scale, shape, choose_dtype(config.dtype, device), device, device_bytes)
+    print(plan)
+    return plan
 
 
 def _optimizer(model: Model, config: TrainConfig) -> AdamW:
@@ -195,28 +229,3 @@ def _optimizer(model: Model, config: TrainConfig) -> AdamW:
         weights.flat, weights.leaves.values(), weights.num_matrix_elements, (config.adam_beta1, config.adam_beta2),
         config.adam_epsilon, config.weight_decay,
     )  # fmt: skip
-
-
-def _cache_bytes(device: torch.device) -> int:
-    # A share of all memory, not of what is free: the same waves every time.
-    return torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else MAX_CACHE_BYTES
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r} is unknown; valid: auto, cpu, cuda, cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported; valid: auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here")
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nrt_fast.config import TrainConfig, split_names
+from nrt_fast.config import ScoreConfig, TrainConfig, split_names
 from nrt_fast.data.examples import HELDOUT_KEY, Examples, split_heldout
 from nrt_fast.data.limits import Limiter, Limits
 from nrt_fast.data.order import permutation
@@ -124,6 +124,28 @@ def load_data(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", limits:
         return _split(train, sizes, num_heldout, config.seed, loader.lines)
     chosen = permutation(len(heldout), config.seed, HELDOUT_KEY)[:num_heldout].tolist()
     return Data(train, sizes, heldout.select(chosen), loader.lines)
+
+
+def load_heldout(
+    config: ScoreConfig, tokenizer: "PreTrainedTokenizerBase", limits: Limits, num_prompts: int
+) -> tuple[Examples, list[str]]:
+    """What a run on the same data with the same seed holds out; every row where there are no more of them.
+
+    Returns:
+        (examples, what was detected, dropped and cut).
+
+    Raises:
+        UserError: data that cannot be used; see Loader.
+    """
+    loader = Loader(tokenizer, limits, config.prompt_field, config.answer_field, config.chat_template_kwargs)
+    sources = _sources(config.dataset_name, config.dataset_train_split)
+    if sources:
+        examples = Examples.join([loader.load(*source) for source in sources])
+        chosen = permutation(len(examples), config.seed, HELDOUT_KEY)[-num_prompts:]
+    else:
+        examples = loader.load(*_builtin_source("heldout", num_prompts))
+        chosen = permutation(len(examples), config.seed, HELDOUT_KEY)
+    return examples.select(chosen.tolist()), loader.lines
 
 
 def _sources(dataset_name: list[str] | str | None, split: str) -> list[Source]:

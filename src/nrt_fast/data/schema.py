@@ -64,9 +64,7 @@ class Schema:
         Raises:
             UserError: the row lacks one of them, or a field holds something else than text.
         """
-        turns = _turns(row, self.prompt)
-        if self.prompt == "instruction" and row.fields.get("input"):
-            turns[-1]["content"] += "\n\n" + _text(row.fields["input"], row.where, "input")
+        turns = _prompt_turns(row, self.prompt)
         if self.answer is not None:
             turns = _without_last_answer(turns) + _answer_turns(row, self.answer)
         messages, answer = _split_at_answer(turns, row.where, self.answer or self.prompt)
@@ -98,6 +96,23 @@ def detect_schema(rows: list[Row], prompt_field: str | None = None, answer_field
     raise UserError(f"{rows[0].where}: {wanted} not found; name prompt_field and answer_field among: {names}")
 
 
+def read_prompt(row: Row, prompt_field: str | None = None) -> Messages:
+    """The turns of a row's question, without an answer after them. Known fields are tried unless one is named.
+
+    Raises:
+        UserError: the row has no question.
+    """
+    names = [prompt_field] if prompt_field else [prompt for prompt, _ in CANDIDATES]
+    field = next((name for name in names if get_field(row.fields, name) is not None), None)
+    if field is None:
+        wanted = prompt_field or "question"
+        raise UserError(f"{row.where}: {wanted} not found; name prompt_field among: {', '.join(row.fields)}")
+    turns = _without_last_answer(_prompt_turns(row, field))
+    if not any(turn["role"] == "user" for turn in turns):
+        raise UserError(f"{row.where}: no question (no user turn in field {field!r})")
+    return turns
+
+
 def get_field(fields: dict[str, Any], path: str) -> Any:
     """Value at a field name or at a dotted path into nested objects; None where there is none."""
     if path in fields:
@@ -106,6 +121,13 @@ def get_field(fields: dict[str, Any], path: str) -> Any:
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+def _prompt_turns(row: Row, field: str) -> Messages:
+    turns = _turns(row, field)
+    if field == "instruction" and row.fields.get("input"):
+        turns[-1]["content"] += "\n\n" + _text(row.fields["input"], row.where, "input")
+    return turns
 
 
 def _turns(row: Row, field: str) -> Messages:

@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nrt_fast import ops
-from nrt_fast.kv_cache import Segment
+from nrt_fast.kv_cache import CacheRows, KVCache
 from nrt_fast.model.config import ModelConfig
 from nrt_fast.packed_attention import PackedLayout, packed_attention
 from nrt_fast.types import PackedBatch
 
 
 class CachedAttention:
-    """Attention of extend: new keys go to their slots, then are read with everything before them."""
+    """Attention of extend and decode: new keys go to their slots, then are read with everything before them.
 
-    def __init__(self, config: ModelConfig, num_new_PG: Tensor, own: Segment, prefix: Segment | None):
-        self.own, self.prefix, self.windows = own, prefix or own, config.windows
-        device = own.k.device
-        (P, G), num_new_B = num_new_PG.shape, num_new_PG.flatten()
-        cu_q = torch.cat([num_new_B.new_zeros(1), num_new_B.cumsum(0)])
-        row_T = torch.arange(P * G).repeat_interleave(num_new_B)
-        offset_T = (torch.arange(len(row_T)) - cu_q[row_T]).to(device)
-        row_T = row_T.to(device)
-        own_pages_B, own_lens_B = own.pages_PG.flatten(), own.lens_PG.flatten()
-        self.page_T, self.slot_T = own_pages_B[row_T], own_lens_B[row_T] + offset_T
-        prefix_pages_PX, prefix_lens_P = own.pages_PG[:, :0], torch.zeros(P, dtype=torch.int64, device=device)
-        if prefix:
-            prefix_pages_PX, prefix_lens_P = prefix.pages_PG, prefix.lens_PG[:, 0]
-        self.positions_T = prefix_lens_P[row_T // G] + self.slot_T
-        self.prefix_rows = prefix_pages_PX, prefix_lens_P.int()
-        cu_rows = torch.arange(0, P * G + 1, G, dtype=torch.int32, device=device)
-        self.own_rows = own_pages_B[:, None], own_lens_B.int(), cu_q.int().to(device), cu_rows
-        self.limits = int(num_new_B.max()), G
+    Args:
+        row_T, offset_T: [T] int64, the row of each new token and its place among the row's new ones.
+        cu_q: [B + 1] int32 offsets of the rows' new tokens.
+        max_q: at least the new tokens of any row.
+    """
+
+    def __init__(
+        self, config: ModelConfig, cache: KVCache, rows: CacheRows, row_T: Tensor, offset_T: Tensor, cu_q: Tensor,
+        max_q: int,
+    ):  # fmt: skip
+        self.windows, self.cache, self.rows, self.cu_q, self.max_q = config.windows, cache, rows, cu_q, max_q
+        place_T = rows.own_lens_B[row_T] + offset_T
+        self.page_T = rows.own_pages_BY[row_T, place_T // cache.page_size]
+        self.slot_T = place_T % cache.page_size
+        self.positions_T = rows.prefix_lens_P[rows.group_B[row_T]] + place_T
 
     def __call__(
         self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, cos_TF: Tensor, sin_TF: Tensor
     ) -> Tensor:
-        own_k, own_v = self.own.k[layer], self.own.v[layer]
-        q_THE = ops.rotate_write(q_THE, k_TKE, v_TKE, cos_TF, sin_TF, own_k, own_v, self.page_T, self.slot_T)
+        rows, k, v = self.rows, self.cache.k[layer], self.cache.v[layer]
+        q_THE = ops.rotate_write(q_THE, k_TKE, v_TKE, cos_TF, sin_TF, k, v, self.page_T, self.slot_T)
         return ops.prefix_attention(
-            q_THE, self.prefix.k[layer], self.prefix.v[layer], *self.prefix_rows, own_k, own_v, *self.own_rows,
-            *self.limits, self.windows[layer],
+            q_THE, k, v, rows.prefix_pages_PX, rows.prefix_lens_P, k, v, rows.own_pages_BY, rows.own_lens_B, self.cu_q,
+            rows.cu_rows, self.max_q, rows.max_rows, self.windows[layer],
         )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """One decoder, three ways through it: extend (prefill, scoring), decode (extend by one) and packed (training).
 
-All three run the same layers on flat tokens [T, D]; they differ in where attention finds its keys.
+All three run the same layers on flat tokens [T, D]; they differ in where attention finds its keys and, on a CPU, in how
+the matrices are stored. The first two are in inference.py.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nrt_fast import ops
-from nrt_fast.kv_cache import Segment
-from nrt_fast.model.attend import CachedAttention, PackedAttention
+from nrt_fast.model.attend import PackedAttention
 from nrt_fast.model.config import ModelConfig
 from nrt_fast.model.weights import EMBED, FINAL_NORM, HEAD, OwnedWeights, SharedWeights
 from nrt_fast.types import PackedBatch
@@ -41,13 +41,13 @@ class Layer:
     """Parameters of one layer."""
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: Callable[[Tensor], Tensor]
     q_norm: Tensor | None
     k_norm: Tensor | None
-    out: Linear
+    out: Callable[[Tensor], Tensor]
     post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
 
 
 class Decoder:
@@ -88,35 +88,18 @@ class Decoder:
             down=linear("mlp.down_proj"),
         )
 
-    @torch.no_grad()
-    def extend(self, tokens_T: Tensor, num_new_PG: Tensor, own: Segment, prefix: Segment | None) -> Tensor:
-        """Run new tokens on top of what the cache holds; their keys and values go to the rows' next slots.
-
-        Lengths do not change: the caller keeps what it wants with ``own.advance``. No gradient.
-
-        Args:
-            tokens_T: [T] int64, row after row, ``num_new_PG`` tokens each.
-            num_new_PG: [P, G] int64 on the CPU.
-            own: rows to append to, with room for the new tokens.
-            prefix: one row per group that all of the group's rows go on from, or None.
-
-        Returns:
-            [T, D] final hidden states, normed.
-        """
-        reads = CachedAttention(self.config, num_new_PG, own, prefix)
-        return self._forward(tokens_T, reads.positions_T, reads)
-
     def packed(self, batch: PackedBatch) -> Tensor:
         """Training forward with autograd over packed groups: [T, D] final hidden states, normed."""
-        return self._forward(batch.tokens_T, batch.positions_T, PackedAttention(self.config, batch))
+        return self.forward(batch.tokens_T, batch.positions_T, PackedAttention(self.config, batch), self.layers)
 
-    def _forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, layers: list[Layer]) -> Tensor:
+        """All layers on flat tokens, with these parameters and this attention: [T, D] final hidden states, normed."""
         x = F.embedding(tokens_T, self.embed)
         angles_TF = positions_T[:, None] * self.inv_freq
         cos, sin = ((f * self.config.rope_scale).to(x.dtype) for f in (angles_TF.cos(), angles_TF.sin()))
-        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.final_norm]
-        normed = self._norm(x, self.layers[0].input_norm)
-        for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+        next_norms = [layer.input_norm for layer in layers[1:]] + [self.final_norm]
+        normed = self._norm(x, layers[0].input_norm)
+        for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
             attended = self._attention(index, layer, normed, cos, sin, attend)
             normed, x = ops.add_rms_norm(attended, x, layer.post_norm, self.config.rms_norm_eps)
             inner = ops.swiglu(layer.gate_up(normed).unflatten(-1, (2, -1)))

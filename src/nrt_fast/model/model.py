@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nrt_fast import ops
-from nrt_fast.kv_cache import KVCache, Segment
+from nrt_fast.kv_cache import NO_PREFIX, Sequence
 from nrt_fast.model.config import ARCHITECTURES, ModelConfig, check_model_type
 from nrt_fast.model.decoder import Decoder
+from nrt_fast.model.inference import Inference
 from nrt_fast.model.weights import EMBED, HEAD, OwnedWeights, SharedWeights, load_tensors
 from nrt_fast.types import UserError
 
@@ -85,45 +85,11 @@ class Model(Decoder):
     @torch.no_grad()
     def logits(self, token_ids: list[int] | Tensor) -> Tensor:
         """fp32 logits [T, V] of one sequence of T ids, for inspection."""
-        tokens_T = torch.as_tensor(token_ids, dtype=torch.int64, device=self.embed.device)
-        own = self._segment((1, 1), len(tokens_T))
-        return ops.linear_logits(self.extend(tokens_T, torch.tensor([[len(tokens_T)]]), own, None), self.head)
-
-    @torch.no_grad()
-    def prefill(self, prompts: list[list[int]], num_rows: int, own_slots: int) -> tuple[KVCache, Tensor]:
-        """Run each prompt once and make room for what follows.
-
-        Args:
-            prompts: P lists of ids, none empty.
-            num_rows: rows per prompt in the cache's own segment.
-            own_slots: room of each row, in tokens.
-
-        Returns:
-            (cache, [P, D] hidden state of each prompt's last token).
-        """
-        device = self.embed.device
-        lens_P1 = torch.tensor([[len(ids)] for ids in prompts])
-        prompt = self._segment((len(prompts), 1), int(lens_P1.max()))
-        tokens_T = torch.tensor([token for ids in prompts for token in ids], device=device)
-        hidden_TD = self.extend(tokens_T, lens_P1, prompt, None)
-        prompt.lens_PG.copy_(lens_P1)
-        last_P = (lens_P1.flatten().cumsum(0) - 1).to(device)
-        return KVCache(prompt, self._segment((len(prompts), num_rows), own_slots)), hidden_TD[last_P]
-
-    def extend_rows(self, inputs: list[list[list[int]]], cache: KVCache) -> tuple[Tensor, Tensor]:
-        """Extend every row of a prefilled cache by ids of its own, [P][rows]; see ``extend``.
-
-        Returns:
-            ([T, D] final hidden states, row after row; [P, rows] int64 on the CPU, how many each row has).
-        """
-        num_new_PG = torch.tensor([[len(row) for row in group] for group in inputs])
-        tokens = [token for group in inputs for row in group for token in row]
-        tokens_T = torch.tensor(tokens, device=self.embed.device)
-        return self.extend(tokens_T, num_new_PG, cache.own, cache.prompt), num_new_PG
-
-    def _segment(self, rows: tuple[int, int], slots: int) -> Segment:
-        shape = self.config
-        return Segment.allocate(shape.num_layers, rows, shape.num_kv_heads, slots, shape.head_dim, self.embed.detach())
+        ids, passes, sequence = torch.as_tensor(token_ids).tolist(), Inference(self), Sequence()
+        passes.refresh()
+        cache = passes.new_cache(1, page_size=len(ids))  # one page, whatever it takes
+        cache.reserve(sequence, len(ids))
+        return passes.logits(passes.extend(cache, [(NO_PREFIX, [sequence])], [ids]))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config, generation config and safetensors (sharded over 5 GB) that transformers loads."""

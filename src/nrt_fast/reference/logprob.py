@@ -15,6 +15,8 @@ MAX_LOG_RATIO = 20.0  # a ratio of 5e8: finite, so that inf never meets 0
 
 def linear_logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
     """fp32 logits [N, V]; the operands keep their values, and the logit is never rounded to their dtype."""
+    if hidden_ND.is_cuda and hidden_ND.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)  # no fp32 copy of the head for every step
     return _wide(hidden_ND) @ _wide(weight_VD).T
 
 
