@@ -1,7 +1,7 @@
 """The element-wise ops of a decoder layer.
 
-On a GPU forward and backward, beside torch.compile of the reference and Liger; on a CPU forward alone, at the sizes of
-decoding, beside the reference.
+Forward and backward, on a GPU beside torch.compile of the reference and Liger, on a CPU beside the reference and
+transformers; on a CPU also forward alone, at the sizes of decoding, beside the reference.
 """
 
 import importlib.util
@@ -85,14 +85,13 @@ def check(function, reference, leaves, constants):
         assert (our.double() - true).abs().max() <= 2 * (their.double() - true).abs().max() + 1e-5 * true.abs().max()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the reference runs: nothing to compare")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="sizes of a GPU")
 @pytest.mark.parametrize("op", INPUTS)
 def test_forward_and_backward(op, compare, device):
     generator = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def randn(*shape):
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        return torch.randn(shape, generator=generator, device=device).to(torch.bfloat16)
 
     inputs, constants = INPUTS[op](randn)
     leaves, reference = [x.requires_grad_() for x in inputs], getattr(layers, op)
@@ -100,6 +99,59 @@ def test_forward_and_backward(op, compare, device):
     if peer := liger(op):
         functions["Liger"] = peer
     check(functions["ours"], reference, leaves, constants)
+    compare({name: lambda f=function: step(f, leaves, constants) for name, function in functions.items()})
+
+
+def packed_inputs(randn):
+    """Inputs and constants of each op in a packed batch: T = 5000, D = 512, F = 1376, 8 query and 4 key heads of 64."""
+    T, D, H, K, E = 5000, 512, 8, 4, 64
+    q, k, _ = randn(T, H + 2 * K, E).split([H, K, K], dim=1)
+    angles = randn(T, E // 2)
+    return {
+        "rms_norm": ((randn(T, D), randn(D)), (EPS,)),
+        "add_rms_norm": ((randn(T, D), randn(T, D), randn(D)), (EPS,)),
+        "swiglu": ((randn(T, 2, 1376),), ()),
+        "rotate": ((q, k), (angles.cos(), angles.sin())),
+    }
+
+
+def transformers_piece(op, dtype):
+    """What a Llama of transformers runs in its place, with our arguments; modules of a batch of one."""
+    from transformers.models.llama import modeling_llama as llama
+
+    norm, silu = llama.LlamaRMSNorm(1, EPS).to(dtype), llama.ACT2FN["silu"]
+    del norm.weight  # the argument takes its place, gradient and all
+
+    def rms_norm(x, weight, eps):
+        norm.weight = weight
+        return norm(x[None])[0]
+
+    def add_rms_norm(x, residual, weight, eps):
+        total = residual + x
+        return rms_norm(total, weight, eps), total
+
+    def swiglu(gate_up):
+        gate, up = gate_up.unbind(1)
+        return silu(gate) * up
+
+    def rotate(q, k, cos, sin):
+        cos, sin = (torch.cat([x, x], dim=-1)[None] for x in (cos, sin))
+        q, k = llama.apply_rotary_pos_emb(*(x.transpose(0, 1)[None] for x in (q, k)), cos, sin)
+        return q[0].transpose(0, 1), k[0].transpose(0, 1)
+
+    return {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "swiglu": swiglu, "rotate": rotate}[op]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", INPUTS)
+def test_training(op, dtype, compare):
+    generator = torch.Generator().manual_seed(0)
+    inputs, constants = packed_inputs(lambda *shape: torch.randn(shape, generator=generator).to(dtype))[op]
+    leaves, reference = [x.requires_grad_() for x in inputs], getattr(layers, op)
+    functions = {"ours": getattr(ops, op), "torch": reference, "transformers": transformers_piece(op, dtype)}
+    for function in functions.values():
+        check(function, reference, leaves, constants)
     compare({name: lambda f=function: step(f, leaves, constants) for name, function in functions.items()})
 
 

@@ -10,10 +10,17 @@ import torch.nn.functional as F
 from nrt_fast import packed_attention as room
 from nrt_fast.packed_attention import PackedLayout, packed_attention
 
-SHAPES = {  # prompts, traces each, mean and longest prompt, mean and longest trace, heads, width
-    "cuda": (4, 16, 512, 1024, 1024, 4096, (32, 8), 128),
-    "cpu": (8, 8, 64, 256, 64, 256, (8, 8), 64),
+SHAPES = {  # prompts, traces each, mean and longest prompt, mean and longest trace, heads, width, dtype
+    "cuda": {"": (4, 16, 512, 1024, 1024, 4096, (32, 8), 128, torch.bfloat16)},
+    "cpu": {
+        "8/8 of 64, fp32": (8, 8, 64, 256, 64, 256, (8, 8), 64, torch.float32),
+        "8/4 of 32, fp32": (8, 8, 32, 32, 64, 256, (8, 4), 32, torch.float32),
+        "8/4 of 32, bf16": (8, 8, 32, 32, 64, 256, (8, 4), 32, torch.bfloat16),
+        "8/4 of 64, fp32": (8, 8, 32, 32, 64, 256, (8, 4), 64, torch.float32),
+        "8/4 of 64, bf16": (8, 8, 32, 32, 64, 256, (8, 4), 64, torch.bfloat16),
+    },
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def geometric(count, mean, cap, generator):
@@ -24,8 +31,8 @@ def geometric(count, mean, cap, generator):
 class Groups:
     """Ragged groups: lengths, tensors, and the work that no method can avoid."""
 
-    def __init__(self, device):
-        P, self.G, *lengths, (H, K), E = SHAPES[device]
+    def __init__(self, device, shape):
+        P, self.G, *lengths, (H, K), E, dtype = SHAPES[device][shape]
         generator = torch.Generator().manual_seed(0)
         self.prompt_P = geometric(P, *lengths[:2], generator)
         self.trace_PG = geometric(P * self.G, *lengths[2:], generator).view(P, self.G)
@@ -33,7 +40,6 @@ class Groups:
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), self.lens_S.cumsum(0)])
         self.layout = PackedLayout(cu_seqlens.int(), torch.full((P,), self.G), torch.device(device))
         self.device, self.starts_S = device, cu_seqlens[:-1]
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
         qkv = torch.randn(self.layout.num_tokens, H + 2 * K, E, generator=generator).to(device, dtype)
         self.qkv = [x.contiguous().requires_grad_() for x in qkv.split([H, K, K], dim=1)]
         seen = (self.prompt_P * (self.prompt_P + 1) // 2).sum()
@@ -61,9 +67,9 @@ class Groups:
         return attend(q, k, v)
 
 
-@pytest.fixture(scope="module")
-def groups():
-    return Groups("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture(scope="module", params=SHAPES[DEVICE])
+def groups(request):
+    return Groups(DEVICE, request.param)
 
 
 def step(function, leaves):

@@ -35,7 +35,10 @@ void for_each_block(int64_t size, const Function& function) {
 void adamw(
     const Tensor& weight, std::optional<Tensor> remainder, const Tensor& grad, const Tensor& first,
     const Tensor& second, double lr, std::vector<double> betas, double eps, double weight_decay, int64_t num_decayed,
-    int64_t step, const Tensor& grad_scale) {
+    int64_t step, const Tensor& grad_scale, std::optional<Tensor> first_absmax, std::optional<Tensor> second_absmax) {
+  if (first_absmax || second_absmax) {
+    throw std::invalid_argument("first: expected fp32 moments on a CPU, got 8-bit ones");
+  }
   const int64_t size = grad.numel();
   uncopied("grad", grad, ScalarType::Float, {size});
   uncopied("first", first, ScalarType::Float, {size});
@@ -86,7 +89,8 @@ Tensor grad_norm(const Tensor& grad) {
 STABLE_TORCH_LIBRARY_FRAGMENT(nrt_fast, library) {
   library.def(
       "adamw(Tensor(a!) weight, Tensor(b!)? remainder, Tensor(c!) grad, Tensor(d!) first, Tensor(e!) second,"
-      " float lr, float[] betas, float eps, float weight_decay, int num_decayed, int step, Tensor grad_scale) -> ()");
+      " float lr, float[] betas, float eps, float weight_decay, int num_decayed, int step, Tensor grad_scale,"
+      " Tensor(f!)? first_absmax=None, Tensor(g!)? second_absmax=None) -> ()");
   library.def("grad_norm(Tensor grad) -> Tensor");
 }
 

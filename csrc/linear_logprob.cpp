@@ -245,7 +245,9 @@ void Gradients<T>::add_tile(
     const Chunk<T>& chunk, int64_t tile, bool add, Scratch& scratch, float* grad_hidden, float* grad_weight) {
   const int64_t D = input_.D, width = chunk.width(), num_rows = chunk.tile_rows(tile);
   const int64_t padded_rows = round_up(num_rows, kGroup<T>);
-  multiply<T>(product_, num_rows, D, width, scratch.rows, width, hidden_, grad_weight + tile * kTile * D, D, true);
+  if (grad_weight != nullptr) {
+    multiply<T>(product_, num_rows, D, width, scratch.rows, width, hidden_, grad_weight + tile * kTile * D, D, true);
+  }
   pack(input_.weight + tile * kTile * input_.ld_weight, input_.ld_weight, num_rows, D, padded_rows, scratch.weight);
   multiply<T>(product_, width, D, padded_rows, scratch.columns, kTile, scratch.weight, grad_hidden, D, add);
 }

@@ -52,7 +52,7 @@ struct LossOutput {
   float* logprob;      // [N]
   float* entropy;      // [N]
   T* grad_hidden;      // [N, D]
-  float* grad_weight;  // [V, D], added to
+  float* grad_weight;  // [V, D], added to; or null
 };
 
 // Three matrix products: the fp32 logits of a chunk of rows stay, at most 64 MiB where 64 rows allow it; their gradient

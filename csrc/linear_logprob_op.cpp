@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob_loss(
     const Tensor& hidden_ND, const Tensor& weight_VD, const Tensor& target_N,
     const std::optional<Tensor>& inv_temperature_N, const Tensor& token_weight_N, const Tensor& policy_N,
     const std::optional<Tensor>& old_logprob_N, const std::optional<Tensor>& reference_logprob_N,
-    const Tensor& grad_weight_VD, std::string trace_loss, double low, double high, double beta, double entropy_coef,
+    const std::optional<Tensor>& grad_weight_VD, std::string trace_loss, double low, double high, double beta, double entropy_coef,
     double scale) {
   const Arguments arguments(hidden_ND, weight_VD, target_N, inv_temperature_N);
   const int64_t N = hidden_ND.size(0), V = weight_VD.size(0), D = hidden_ND.size(1);
@@ -111,7 +111,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob_loss(
   const Tensor policy = checked("policy_N", policy_N, ScalarType::Bool, {N});
   const auto old_logprob = checked_optional("old_logprob_N", old_logprob_N, N);
   const auto reference_logprob = checked_optional("reference_logprob_N", reference_logprob_N, N);
-  Tensor grad_weight = checked("grad_weight_VD", grad_weight_VD, ScalarType::Float, {V, D});
+  std::optional<Tensor> grad_weight;
+  if (grad_weight_VD) {
+    grad_weight = checked("grad_weight_VD", *grad_weight_VD, ScalarType::Float, {V, D});
+  }
   const LossTerms terms{
       trace_loss_named(trace_loss), static_cast<float>(low), static_cast<float>(high), static_cast<float>(beta),
       static_cast<float>(entropy_coef), static_cast<float>(scale)};
@@ -127,11 +130,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob_loss(
     nrt_fast::linear_logprob_loss<T>(
         arguments.as<T>(), loss, choose_product<T>(), run_on_all_threads,
         {loss_.mutable_data_ptr<float>(), logprob_N.mutable_data_ptr<float>(), entropy_N.mutable_data_ptr<float>(),
-         static_cast<T*>(grad_hidden_ND.mutable_data_ptr()), grad_weight.mutable_data_ptr<float>()});
+         static_cast<T*>(grad_hidden_ND.mutable_data_ptr()),
+         grad_weight ? grad_weight->mutable_data_ptr<float>() : nullptr});
   });
-  if (!grad_weight_VD.is_contiguous()) {
-    Tensor target = grad_weight_VD;
-    torch::stable::copy_(target, grad_weight);
+  if (grad_weight_VD && !grad_weight_VD->is_contiguous()) {
+    Tensor target = *grad_weight_VD;
+    torch::stable::copy_(target, *grad_weight);
   }
   return {loss_, logprob_N, entropy_N, grad_hidden_ND};
 }
@@ -148,7 +152,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nrt_fast, library) {
   library.def(
       "linear_logprob_loss(Tensor hidden_ND, Tensor weight_VD, Tensor target_N, Tensor? inv_temperature_N,"
       " Tensor token_weight_N, Tensor policy_N, Tensor? old_logprob_N, Tensor? reference_logprob_N,"
-      " Tensor(a!) grad_weight_VD, str trace_loss, float low, float high, float beta, float entropy_coef, float scale)"
+      " Tensor(a!)? grad_weight_VD, str trace_loss, float low, float high, float beta, float entropy_coef, float scale)"
       " -> (Tensor loss, Tensor logprob_N, Tensor entropy_N, Tensor grad_hidden_ND)");
 }
 

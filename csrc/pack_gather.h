@@ -15,12 +15,11 @@ namespace nrt_fast {
 struct GatherInput {
   const int64_t* prompt_ids;  // [num_prompt_tokens]
   int64_t num_prompt_tokens;
-  const int64_t* targets;  // this and the next five: [num_loss_tokens]
+  const int64_t* targets;  // this and the next four: [num_loss_tokens]
   const float* inv_temperature;
   const float* weight;
   const float* old_logprobs;
   const int8_t* kind;
-  const bool* counted;
   int64_t num_loss_tokens;
   const int64_t* source;  // [num_tokens] into cat(prompt_ids, targets)
   int64_t num_tokens;
@@ -30,12 +29,11 @@ struct GatherInput {
 
 struct GatherOutput {
   int64_t* tokens;   // [num_tokens]
-  int64_t* targets;  // this and the next five: [num_rows]
+  int64_t* targets;  // this and the next four: [num_rows]
   float* inv_temperature;
   float* weight;
   float* old_logprobs;
   int8_t* kind;
-  bool* counted;
 };
 
 // Elements to write: the tokens first, then the rows.
@@ -64,7 +62,6 @@ inline NRT_FAST_HOST_DEVICE bool gather_element(const GatherInput& input, const 
   output.weight[element] = input.weight[row];
   output.old_logprobs[element] = input.old_logprobs[row];
   output.kind[element] = input.kind[row];
-  output.counted[element] = input.counted[row];
   return true;
 }
 

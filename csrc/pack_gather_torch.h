@@ -8,13 +8,12 @@
 
 namespace nrt_fast {
 
-using PackedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using PackedTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <void (*Run)(const GatherInput&, const GatherOutput&, const Tensor& on_device)>
 PackedTensors pack_gather_on(
     const Tensor& prompt_ids_U, const Tensor& targets_A, const Tensor& inv_temperature_A, const Tensor& weight_A,
-    const Tensor& old_logprobs_A, const Tensor& kind_A, const Tensor& counted_A, const Tensor& source_T,
-    const Tensor& rows_B) {
+    const Tensor& old_logprobs_A, const Tensor& kind_A, const Tensor& source_T, const Tensor& rows_B) {
   const auto here = [&](const char* name, const Tensor& tensor, ScalarType dtype, int64_t size) {
     if (tensor.device() != source_T.device()) {
       throw std::invalid_argument(std::string(name) + ": expected on the device of source_T");
@@ -28,7 +27,6 @@ PackedTensors pack_gather_on(
   const Tensor weight = here("weight_A", weight_A, ScalarType::Float, size);
   const Tensor old_logprobs = here("old_logprobs_A", old_logprobs_A, ScalarType::Float, size);
   const Tensor kind = here("kind_A", kind_A, ScalarType::Char, size);
-  const Tensor counted = here("counted_A", counted_A, ScalarType::Bool, size);
   const Tensor source = here("source_T", source_T, ScalarType::Long, -1);
   const Tensor rows = here("rows_B", rows_B, ScalarType::Long, -1);
 
@@ -38,18 +36,16 @@ PackedTensors pack_gather_on(
   Tensor weight_B = empty(rows, {rows.numel()}, ScalarType::Float);
   Tensor old_logprobs_B = empty(rows, {rows.numel()}, ScalarType::Float);
   Tensor kind_B = empty(rows, {rows.numel()}, ScalarType::Char);
-  Tensor counted_B = empty(rows, {rows.numel()}, ScalarType::Bool);
   const GatherInput input{
       prompt_ids.const_data_ptr<int64_t>(), prompt_ids.numel(), targets.const_data_ptr<int64_t>(),
       inv_temperature.const_data_ptr<float>(), weight.const_data_ptr<float>(), old_logprobs.const_data_ptr<float>(),
-      kind.const_data_ptr<int8_t>(), counted.const_data_ptr<bool>(), size,
-      source.const_data_ptr<int64_t>(), source.numel(), rows.const_data_ptr<int64_t>(), rows.numel()};
+      kind.const_data_ptr<int8_t>(), size, source.const_data_ptr<int64_t>(), source.numel(), rows.const_data_ptr<int64_t>(), rows.numel()};
   const GatherOutput output{
       tokens_T.mutable_data_ptr<int64_t>(), targets_B.mutable_data_ptr<int64_t>(),
       inv_temperature_B.mutable_data_ptr<float>(), weight_B.mutable_data_ptr<float>(),
-      old_logprobs_B.mutable_data_ptr<float>(), kind_B.mutable_data_ptr<int8_t>(), counted_B.mutable_data_ptr<bool>()};
+      old_logprobs_B.mutable_data_ptr<float>(), kind_B.mutable_data_ptr<int8_t>()};
   Run(input, output, source);
-  return {tokens_T, targets_B, inv_temperature_B, weight_B, old_logprobs_B, kind_B, counted_B};
+  return {tokens_T, targets_B, inv_temperature_B, weight_B, old_logprobs_B, kind_B};
 }
 
 }  // namespace nrt_fast

@@ -69,9 +69,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nrt_fast, library) {
       " -> (Tensor source_T, Tensor positions_T, Tensor cu_seqlens, Tensor hidden_A, Tensor rows_A)");
   library.def(
       "pack_gather(Tensor prompt_ids_U, Tensor targets_A, Tensor inv_temperature_A, Tensor weight_A,"
-      " Tensor old_logprobs_A, Tensor kind_A, Tensor counted_A, Tensor source_T, Tensor rows_B)"
+      " Tensor old_logprobs_A, Tensor kind_A, Tensor source_T, Tensor rows_B)"
       " -> (Tensor tokens_T, Tensor targets_B, Tensor inv_temperature_B, Tensor weight_B, Tensor old_logprobs_B,"
-      " Tensor kind_B, Tensor counted_B)");
+      " Tensor kind_B)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nrt_fast, CPU, library) {

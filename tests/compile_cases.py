@@ -132,12 +132,15 @@ def adamw(model: ModelShape) -> None:
     from nrt_fast.triton_kernels.adamw import adamw
 
     size = 32 * model.D * (2 * model.D + 3 * model.F) + 2 * model.V * model.D
-    fp32 = [meta(size, dtype=torch.float32) for _ in range(4)]
-    for weight, remainder in ((meta(size), meta(size, dtype=torch.int16)), (fp32[3], None)):
-        adamw(
-            weight, remainder, *fp32[:3], 1e-6, (0.9, 0.95), 1e-15, 0.01, size - 4096, 10,
-            meta(1, dtype=torch.float32),
-        )  # fmt: skip
+    hyper = 1e-6, (0.9, 0.95), 1e-15, 0.01, size - 4096, 10, meta(1, dtype=torch.float32)
+    grad, *moments = (meta(size, dtype=torch.float32) for _ in range(3))
+    adamw(meta(size, dtype=torch.float32), None, grad, *moments, *hyper)
+    scales = [meta(-(-size // 256), dtype=torch.float32) for _ in range(2)]
+    for dtypes, absmax in (
+        ((torch.float32,) * 2, ()), ((torch.bfloat16,) * 2, ()), ((torch.int8, torch.uint8), scales),
+    ):  # fmt: skip
+        first, second = (meta(size, dtype=dtype) for dtype in dtypes)
+        adamw(meta(size), meta(size, dtype=torch.int16), grad, first, second, *hyper, *absmax)
 
 
 @case

@@ -104,7 +104,7 @@ def test_printed_configuration_is_a_configuration(tmp_path, capsys):
     assert parse("--config", path) == TrainConfig(objective="jepo", learning_rate=1e-5)
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS.keys() - {"export"}))  # which has none of these fields
 def test_every_command_reads_what_it_prints(command, tmp_path, capsys):
     question = ["why ?"] if command == "generate" else []
     with pytest.raises(SystemExit):

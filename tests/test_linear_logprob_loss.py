@@ -366,6 +366,17 @@ def test_the_bridge_is_the_op_in_autograd(place):
     torch.testing.assert_close(leaves.weight.grad, (6 * grad_weight).to(dtype), rtol=tolerance, atol=1e-6)
 
 
+def test_a_constant_head_gets_no_gradient_and_changes_nothing(place):
+    device, dtype = place
+    a = make_arguments(131, 257, 16, dtype, device, beta=0.5)
+    *results, grad_hidden, _ = by_op(a)
+    loss = by_bridge(replace(a, hidden=(leaf := a.hidden.clone().requires_grad_())))
+    loss[0].backward()
+    for our, true in zip(loss, results, strict=True):
+        assert torch.equal(our, true)
+    assert torch.equal(leaf.grad, grad_hidden)
+
+
 def test_the_upstream_gradient_is_a_scalar(device):
     leaf = make_arguments(3, 257, 16, torch.float32, device)
     loss = by_bridge(replace(leaf, hidden=leaf.hidden.requires_grad_()))[0]

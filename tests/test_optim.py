@@ -1,12 +1,18 @@
 """AdamW against PyTorch's, bf16 weights against their fp32 master, and the learning rate of each step."""
 
 import math
+from itertools import islice
+from math import prod
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
+from nrt_fast import ops
 from nrt_fast.optim import AdamW, learning_rate
 from nrt_fast.reference.adamw import join_master
+from nrt_fast.types import UserError
 
 HYPER = {"betas": (0.9, 0.95), "eps": 1e-15, "weight_decay": 0.1}
 SIZE, NUM_DECAYED = 500, 300
@@ -78,6 +84,47 @@ def test_bfloat16_follows_an_fp32_master_bit_for_bit():
     assert not torch.equal(half, weights.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lr", [1e-6, 1e-3])
+def test_a_thousand_steps_are_those_of_torch_in_fp32(lr, dtype):
+    """Within 1e-6 of the weights, their norm, after each step; bf16 weights by their master."""
+    generator = torch.Generator().manual_seed(0)
+    weights = (0.02 * torch.randn(SIZE, generator=generator)).bfloat16().float()
+    scale = 10.0 ** torch.linspace(-6, 1, SIZE)
+    flat = weights.to(dtype, copy=True)
+    ours, (parts, theirs) = AdamW(flat, (), NUM_DECAYED, **HYPER), torch_adamw(weights, lr)
+    for _ in range(1000):
+        gradient = scale * (torch.randn(SIZE, generator=generator) + 0.5)
+        ours.grad.copy_(gradient)
+        ours.step(lr, math.inf)
+        parts[0].grad, parts[1].grad = gradient[:NUM_DECAYED].clone(), gradient[NUM_DECAYED:].clone()
+        theirs.step()
+        master, expected = flat if ours.remainder is None else join_master(flat, ours.remainder), torch.cat(parts)
+        assert (master - expected).norm() <= 1e-6 * expected.norm()
+    assert (expected - weights).abs().mean() > 100 * lr
+
+
+def test_at_the_learning_rate_of_rl_plain_bfloat16_loses_the_updates_and_ours_does_not():
+    generator = torch.Generator().manual_seed(0)
+    weights = (0.02 * torch.randn(SIZE, generator=generator)).bfloat16()
+    ours, plain, full = weights.clone(), weights.clone().requires_grad_(), weights.float().requires_grad_()
+    hyper = HYPER | {"weight_decay": 0.0}
+    optimizer = AdamW(ours, (), 0, **hyper)
+    others = [torch.optim.AdamW([weight], lr=1e-6, **hyper) for weight in (plain, full)]
+    for _ in range(500):
+        optimizer.grad.copy_(torch.randn(SIZE, generator=generator) + 0.5)
+        plain.grad, full.grad = optimizer.grad.bfloat16(), optimizer.grad.clone()
+        optimizer.step(1e-6, math.inf)
+        for other in others:
+            other.step()
+    moved = full.detach() - weights.float()
+    assert (moved.abs() > 1e-4).float().mean() > 0.9
+    assert (plain == weights).float().mean() > 0.9, "an update is a fraction of a spacing: the weights stay"
+    assert (plain.detach().float() - full).norm() > 0.9 * moved.norm()
+    assert (join_master(ours, optimizer.remainder) - full).norm() < 1e-4 * moved.norm()
+    assert (ours == weights).float().mean() < 0.1
+
+
 def test_small_steps_are_not_lost_in_bfloat16():
     """Steps of a thousandth of a bf16 spacing move the weight after enough of them."""
     half = torch.ones(1, dtype=torch.bfloat16)
@@ -114,23 +161,64 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value, max_grad_norm):
     assert not optimizer.grad.any()
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_restored_state_goes_on_bit_for_bit(dtype):
+def test_a_restored_state_goes_on_bit_for_bit(dtype, moments, tmp_path):
     weights, gradients = random_start()
     flat = weights.to(dtype)
-    first = AdamW(flat, (), NUM_DECAYED, **HYPER)
-    for step, gradient in enumerate(gradients):
-        if step == 5:
-            copy = flat.clone()
-            second = AdamW(copy, (), NUM_DECAYED, **HYPER)
-            second.load_state({name: tensor.clone() for name, tensor in first.state().items()})
-        for optimizer in [first, second] if step >= 5 else [first]:
-            optimizer.grad.copy_(gradient)
-            optimizer.step(1e-3, 1.0)
-        if step == 9:
-            break
+    first = AdamW(flat, (), NUM_DECAYED, **HYPER, moments=moments)
+    with ops.use("reference"):
+        for step, gradient in enumerate(islice(gradients, 10)):
+            if step == 5:
+                copy = flat.clone()
+                second = AdamW(copy, (), NUM_DECAYED, **HYPER, moments=moments)
+                save_file(first.state(), tmp_path / "optimizer.safetensors")
+                second.load_state(load_file(tmp_path / "optimizer.safetensors"))
+            for optimizer in [first, second] if step >= 5 else [first]:
+                optimizer.grad.copy_(gradient)
+                optimizer.step(1e-3, 1.0)
     assert torch.equal(flat, copy)
     assert all(torch.equal(first.state()[name], tensor) for name, tensor in second.state().items())
+
+
+def test_moments_of_another_dtype_are_refused():
+    saved = AdamW(torch.ones(300).bfloat16(), (), 0, **HYPER, moments=torch.int8).state()
+    optimizer = AdamW(torch.ones(300).bfloat16(), (), 0, **HYPER)
+    with pytest.raises(UserError, match="the checkpoint's moments are int8, this run's float32; adam_moments_dtype"):
+        optimizer.load_state(saved)
+
+
+def trained_loss(moments, beta2, order=0):
+    """Of a small classifier, in bf16, that learns the classes of another one from inputs of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1024, 24, generator=generator) * 10 ** torch.linspace(-2, 0.5, 24)
+    teacher, classes = torch.randn(24, 32, generator=generator), torch.randn(32, 6, generator=generator)
+    targets = ((inputs @ teacher).tanh() @ classes).argmax(1)
+    shapes = [(24, 48), (48, 48), (48, 6)]
+    flat = (0.15 * torch.randn(sum(map(prod, shapes)), generator=generator)).bfloat16()
+    leaves = [part.view(shape).requires_grad_() for part, shape in zip(flat.split([*map(prod, shapes)]), shapes)]
+    optimizer = AdamW(flat, leaves, len(flat), (0.9, beta2), 1e-15, 0.01, moments)
+
+    def loss(rows):
+        first, second, last = (leaf.float() for leaf in leaves)
+        return F.cross_entropy(((inputs[rows] @ first).tanh() @ second).tanh() @ last, targets[rows])
+
+    draw = torch.Generator().manual_seed(1 + order)
+    with ops.use("reference"):
+        for _ in range(300):
+            loss(torch.randint(1024, (64,), generator=draw)).backward()
+            optimizer.step(3e-3, 1.0)
+    return loss(slice(None)).item()
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.999])
+def test_moments_of_fewer_bits_train_as_well(beta2):
+    """Within half a percent of the loss: another order of the data changes it more."""
+    full = trained_loss(torch.float32, beta2)
+    assert full < 0.7 < math.log(6), "something is learnt"
+    assert abs(trained_loss(torch.float32, beta2, order=1) - full) > 0.005 * full
+    assert trained_loss(torch.bfloat16, beta2) == pytest.approx(full, rel=0.005)
+    assert trained_loss(torch.int8, beta2) == pytest.approx(full, rel=0.005)
 
 
 @pytest.mark.parametrize(

@@ -199,12 +199,12 @@ def test_ten_thousand_groups_take_milliseconds():
 
 
 def step_arrays(num_tokens=5, num_prompt_tokens=3):
-    """prompt_ids, then targets, inverse temperatures, weights, old log-probs, kinds and counted of the loss tokens."""
+    """prompt_ids, then targets, inverse temperatures, weights, old log-probs and kinds of the loss tokens."""
     generator = torch.Generator().manual_seed(num_tokens)
     fp32 = torch.randn(3, num_tokens, generator=generator)
     kind = torch.arange(num_tokens, dtype=torch.int8) % 3
     ids = torch.randint(0, 1000, (num_prompt_tokens + num_tokens,), generator=generator)
-    return ids[:num_prompt_tokens], ids[num_prompt_tokens:], *fp32, kind, kind == 1
+    return ids[:num_prompt_tokens], ids[num_prompt_tokens:], *fp32, kind
 
 
 def test_gather_takes_tokens_by_source_and_the_rest_by_row():
@@ -239,7 +239,7 @@ def test_gather_reads_strided_and_expanded_arrays():
 @pytest.mark.parametrize(("num_tokens", "num_rows"), [(0, 0), (0, 2), (2, 0)])
 def test_gather_of_nothing(num_tokens, num_rows):
     tokens, *gathered = ops.pack_gather(*step_arrays(), torch.arange(num_tokens), torch.arange(num_rows))
-    assert [len(tokens), *map(len, gathered)] == [num_tokens] + [num_rows] * 6
+    assert [len(tokens), *map(len, gathered)] == [num_tokens] + [num_rows] * 5
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_gather_refuses_arrays_of_another_length_or_dtype():
     with pytest.raises(ValueError, match=r"weight_A: expected shape \[A=5\]"):
         ops.pack_gather(*arrays[:3], torch.ones(4), *arrays[4:], int64(), int64())
     with pytest.raises(ValueError, match=r"kind_A: .* of torch\.int8"):
-        ops.pack_gather(*arrays[:5], arrays[5].long(), arrays[6], int64(), int64())
+        ops.pack_gather(*arrays[:5], arrays[5].long(), int64(), int64())
 
 
 @native_only

@@ -1,6 +1,8 @@
 """Packed attention: every backend against one sequence at a time, forward and every gradient; how it is chosen."""
 
 import logging
+import subprocess
+import sys
 from contextlib import nullcontext
 from importlib import import_module
 
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nrt_fast import packed_attention as room
+from nrt_fast.model.recompute import recomputed
 from nrt_fast.packed_attention import PackedLayout, packed_attention
 from nrt_fast.packed_attention.layout import aligned
 
@@ -24,13 +27,19 @@ LAYOUTS = {  # prompt lengths, lengths of each one's traces
     "empty-traces": ([3, 5, 2], [[0, 2, 0], [0], [4, 0]]),
     "one-token": ([1], [[0]]),
 }
+LONG = {  # beyond a tile of the C++ op; the last two have groups that go back in pieces
+    "tiles": ([70, 65, 3, 64], [[64, 1, 130], [], [63, 66, 128], [5, 65]]),
+    "one-huge-trace": ([30, 2], [[600], [3]]),
+    "one-huge-prompt": ([500], [[70, 4]]),
+}
+LAYOUTS_AND_LONG = LAYOUTS | LONG
 HEADS = {"grouped": (4, 2), "multi-head": (2, 2), "multi-query": (3, 1)}
 WINDOWS = [None, 1, 3, 7, 100]
 E = 8
 
 
 def make_layout(name, device="cpu"):
-    prompt_lens, trace_lens = LAYOUTS[name]
+    prompt_lens, trace_lens = LAYOUTS_AND_LONG[name]
     lens = [length for prompt, traces in zip(prompt_lens, trace_lens) for length in (prompt, *traces)]
     cu_seqlens = torch.tensor([0, *lens]).cumsum(0).int()
     return PackedLayout(cu_seqlens, torch.tensor([len(traces) for traces in trace_lens]), torch.device(device))
@@ -55,7 +64,7 @@ def softmax_attention(q, k, v, first, window):
 def one_sequence_at_a_time(name, q, k, v, window):
     """What attention means: each trace after its prompt, as a sequence that knows no other."""
     outputs, start = [], 0
-    for prompt_len, trace_lens in zip(*LAYOUTS[name]):
+    for prompt_len, trace_lens in zip(*LAYOUTS_AND_LONG[name]):
         prompt = slice(start, start + prompt_len)
         outputs.append(softmax_attention(q[prompt], k[prompt], v[prompt], 0, window))
         start += prompt_len
@@ -156,6 +165,163 @@ def test_plain_in_the_dtypes_of_training(name, dtype, atol):
     assert_equals_one_sequence_at_a_time("plain", name, (4, 2), None, dtype, atol)
 
 
+def assert_error_is_that_of_plain(name, inputs, window=None):
+    """The output and every gradient of the C++ op, beside PyTorch's of the same dtype and beside fp64."""
+    layout, results = make_layout(name), {}
+    for rung in ("native", "plain"):
+        with room.use(rung):
+            results[rung] = with_gradients(lambda *x: packed_attention(*x, layout, window), inputs)
+    exact = with_gradients(lambda *x: one_sequence_at_a_time(name, *x, window), [x.double() for x in inputs])
+    for our, plain, true in zip(results["native"], results["plain"], exact, strict=True):
+        assert our.dtype == inputs[0].dtype
+        assert (our.double() - true).abs().max() <= 2 * (plain.double() - true).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_error_of_native_is_that_of_plain(name, dtype, heads, window):
+    assert_error_is_that_of_plain(name, make_inputs(name, HEADS[heads], dtype), window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 67, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LONG)
+def test_native_on_segments_of_several_tiles(name, dtype, window):
+    assert_error_is_that_of_plain(name, make_inputs(name, (4, 2), dtype), window)
+
+
+@pytest.mark.parametrize("width", [1, 3, 12, 16, 40, 80, 96, 256])
+def test_native_on_heads_of_any_width(width):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_error_is_that_of_plain("tiles", make_inputs("tiles", (2, 1), dtype, width=width))
+
+
+def test_scores_around_10000_keep_their_differences_on_native():
+    """Trap: one log-sum-exp in fp32 is off by 1e-3 there, and the weights of the way back with it."""
+    q, k, v = make_inputs("tiles", (4, 2), torch.float32, width=64)
+    q, k = q.clone(), k.clone()
+    q[..., 0], k[..., 0] = 300.0, 300.0
+    assert_error_is_that_of_plain("tiles", [q, k, v])
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_bit_of_native_depends_on_the_threads(name, dtype):
+    inputs, layout = make_inputs(name, (4, 2), dtype), make_layout(name)
+    results, before = [], torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            with room.use("native"):
+                results.append(with_gradients(lambda *x: packed_attention(*x, layout), inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(ours, first) for other in results[1:] for ours, first in zip(other, results[0]))
+
+
+def test_another_segments_nan_is_nobodys_on_native():
+    """A trace of NaN and a group of NaN change no bit of the other traces' results; its prompt's gradient is NaN."""
+    name, layout, results = "tiles", make_layout("tiles"), []
+    for poison in (0.0, float("nan")):
+        leaves = [x.clone() for x in make_inputs(name, (4, 2), torch.float32)]
+        bad = torch.zeros(layout.num_tokens, dtype=torch.bool)
+        bad[70 : 70 + 64] = bad[-134:] = True  # the first trace of the first group, the last group
+        for x in leaves:
+            x[bad] += poison
+        with room.use("native"):
+            results.append(with_gradients(lambda *x: packed_attention(*x, layout), leaves))
+    prompt = torch.arange(layout.num_tokens) < LONG[name][0][0]
+    (clean, *clean_gradients), (out, *gradients) = results
+    assert torch.equal(out[~bad], clean[~bad])
+    assert torch.equal(gradients[0][~bad], clean_gradients[0][~bad])
+    for ours, before in zip(gradients[1:], clean_gradients[1:]):
+        assert torch.equal(ours[~bad & ~prompt], before[~bad & ~prompt])
+        assert ours[prompt].isnan().all()
+
+
+STRIDED = {
+    "transposed": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "odd-rows": lambda x: F.pad(x, (1, 2))[..., 1:-2],
+    "expanded": lambda x: x[..., :1].expand(x.shape),
+    "every-other-head": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", STRIDED)
+def test_native_reads_operands_and_upstream_gradients_by_their_strides(kind, dtype):
+    """Trap: a strided or expanded upstream gradient, silently wrong elsewhere. Equal numbers give equal bits."""
+    layout, inputs = make_layout("tiles"), make_inputs("tiles", (4, 2), dtype)
+    results = []
+    for dense in (False, True):
+        views = [STRIDED[kind](x) for x in (*inputs, torch.ones_like(inputs[0]).cumsum(1))]
+        *leaves, upstream = [x.contiguous() if dense else x for x in views]
+        assert all(x.is_contiguous() == dense for x in (*leaves, upstream))
+        leaves = [x.requires_grad_() for x in leaves]
+        with room.use("native"):
+            out = packed_attention(*leaves, layout, 50)
+        results.append((out, *torch.autograd.grad(out, leaves, upstream)))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_native_under_activation_checkpointing(mode):
+    inputs, layout = make_inputs("tiles", (4, 2), torch.float32), make_layout("tiles")
+
+    def layer(q, k, v):
+        return packed_attention(q.sin(), k.sin(), v.sin(), layout)
+
+    with room.use("native"):
+        kept = with_gradients(layer, inputs)
+        again = with_gradients(lambda *x: recomputed(mode, layer, *x), inputs)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_passes_opcheck(dtype, window):
+    layout, (q, k, v) = make_layout("ragged"), make_inputs("ragged", (4, 2), dtype)
+    import_module("nrt_fast.packed_attention.native").load()
+    segments = (layout.starts_S, layout.lens_S, layout.root_S, window)
+    torch.library.opcheck(torch.ops.nrt_fast.packed_attention.default, (q, k, v, *segments))
+    out, stats = torch.ops.nrt_fast.packed_attention.default(q, k, v, *segments)
+    arguments = (q, k, v, out, stats, torch.ones_like(out), *segments)
+    torch.library.opcheck(torch.ops.nrt_fast.packed_attention_backward.default, arguments)
+
+
+def test_native_refuses_segments_that_are_none():
+    import_module("nrt_fast.packed_attention.native").load()
+    op, inputs = torch.ops.nrt_fast.packed_attention.default, make_inputs("one-trace-groups", (4, 2), torch.float32)
+    good = [[0, 6, 11, 14], [6, 5, 3, 8], [0, 0, 2, 2]]
+    op(*inputs, *map(torch.tensor, good))
+    for row, place, value in ((0, 1, 7), (1, 3, 9), (1, 3, 7), (1, 2, -3), (2, 1, 3), (2, 3, 0), (2, 0, 1)):
+        bad = [list(numbers) for numbers in good]
+        bad[row][place] = value
+        with pytest.raises(ValueError, match="expected"):
+            op(*inputs, *map(torch.tensor, bad))
+
+
+def test_memory_of_native_is_linear_in_the_tokens():
+    """Forward and backward of one trace of 8192 tokens; a number for each two of them would take 256 MiB."""
+    code = """
+import resource, torch
+from nrt_fast import packed_attention as room
+torch.set_num_threads(2)
+def peak_of(tokens):
+    layout = room.PackedLayout(torch.tensor([0, 1, tokens]).int(), torch.tensor([1]), torch.device("cpu"))
+    leaves = [torch.randn(tokens, 1, 8).requires_grad_() for _ in range(3)]
+    with room.use("native"):
+        room.packed_attention(*leaves, layout).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(-peak_of(64) + peak_of(8192))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 32 * 1024  # KiB
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_packed_equals_padded(name, window):
@@ -212,11 +378,12 @@ def test_sdpa_is_causal_is_aligned_top_left_and_varlen_bottom_right():
     top_left = F.scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in (q[prompt_len:end], k[:end], v[:end])), is_causal=True
     )[0].transpose(0, 1)
-    for rung in ("plain", "flex"):
+    exact = softmax_attention(q[prompt_len:end], k[:end], v[:end], prompt_len, None)
+    for rung, dtype in (("plain", torch.float64), ("flex", torch.float64), ("native", torch.float32)):
         with room.use(rung):
-            ours = packed_attention(q, k, v, make_layout(name))[prompt_len:end]
+            ours = packed_attention(*(x.to(dtype) for x in (q, k, v)), make_layout(name))[prompt_len:end]
         assert (ours - top_left).abs().max() > 0.1
-        torch.testing.assert_close(ours, softmax_attention(q[prompt_len:end], k[:end], v[:end], prompt_len, None))
+        torch.testing.assert_close(ours, exact.to(dtype))
 
 
 MISALIGNED = {
@@ -282,7 +449,8 @@ def test_what_runs_is_chosen_by_device_and_dtype_and_logged_once(caplog, monkeyp
     monkeypatch.setattr(room, "missing", lambda rung: "not installed" if rung == "xformers" else None)
     room.backend.cache_clear()
     with caplog.at_level(logging.INFO, logger=room.__name__):
-        assert room.backend("cpu", torch.bfloat16) == "plain"
+        assert room.backend("cpu", torch.bfloat16) == "native"
+        assert room.backend("cpu", torch.float64) == "plain"
         assert room.backend("cuda", torch.bfloat16) == "varlen"
         assert room.backend("cuda", torch.bfloat16) == "varlen"
         assert room.backend("cuda", torch.float32) == "flex"
@@ -292,7 +460,8 @@ def test_what_runs_is_chosen_by_device_and_dtype_and_logged_once(caplog, monkeyp
     room.backend.cache_clear()
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "packed attention on cpu in torch.bfloat16: plain",
+        "packed attention on cpu in torch.bfloat16: native",
+        "packed attention on cpu in torch.float64: plain",
         "packed attention on cuda in torch.bfloat16: varlen",
         "packed attention on cuda in torch.float32: flex",
         "packed attention without varlen: no varlen",

@@ -18,6 +18,7 @@ from nrt_fast.model.weights import OwnedWeights, parameter_shapes
 from nrt_fast.optim import AdamW
 from nrt_fast.pack import loss_tokens, pack
 from nrt_fast.plan import GIB, Sizes, num_parameters, plan_inference, plan_training
+from nrt_fast.reference.adamw import BLOCK
 from nrt_fast.types import Example, Traces, UserError
 
 LLAMA_8B = SimpleNamespace(
@@ -52,7 +53,31 @@ def test_8b_on_one_h200():
     left = 139 - static - gib(told, "context") - gib(told, "graphs")
     assert left == pytest.approx(15.8, abs=0.05)
     assert told.token_bytes == 128 * 1024
-    assert sum(part.num_bytes for part in told.parts) + told.cache_bytes == 139 * GIB, "the cache gets what is left"
+    total = sum(part.num_bytes for part in told.parts) + told.cache_bytes - told.lent_bytes
+    assert total == 139 * GIB, "the cache gets what is left"
+    assert told.lent_bytes == 4 * 8_030_261_248 <= told.cache_bytes, "the cache has the gradients' memory too"
+    assert "lent to keys and values" in str(told) and "with the gradients' 29.92: " in str(told)
+
+
+def test_moments_have_as_many_bits_as_fit():
+    def chosen(gib, **sizes):
+        shape = LLAMA_3B if gib < 64 else LLAMA_8B
+        return plan_training(shape, "bfloat16", "cuda", gib * GIB, replace(SHORT, **sizes), shrink=True)
+
+    assert [chosen(gib).sizes.moments for gib in (139, 110, 92)] == ["float32", "bfloat16", "int8"]
+    for moments, num_bytes in (("float32", 10), ("bfloat16", 6), ("int8", 4 + 8 / 256)):
+        told = chosen(139, moments=moments)
+        assert told.sizes.moments == moments, "what is told stays"
+        assert gib(told, "optimizer") * GIB == pytest.approx(num_bytes * 8_030_261_248, abs=8)
+    assert plan_training(LLAMA_3B, "float32", "cuda", 139 * GIB, SHORT, shrink=True).sizes.moments == "float32"
+    assert plan_training(LLAMA_3B, "bfloat16", "cpu", 139 * GIB, SHORT, shrink=True).sizes.moments == "float32"
+    assert chosen(24, adapter=10**7).sizes.moments == "float32", "an adapter's are few"
+
+
+def test_a_cpu_lends_more_than_its_budget_where_the_gradients_are_larger():
+    told = plan_training(LLAMA_3B, "float32", "cpu", 139 * GIB, SHORT, shrink=True)
+    assert told.cache_bytes == told.lent_bytes == 4 * num_parameters(LLAMA_3B) > plan.CPU_CACHE_BYTES
+    assert "  keys and values       0.00  with the gradients' 11.97: " in str(told)
 
 
 def test_3b_keys_and_values():
@@ -77,14 +102,18 @@ def test_parameters_are_counted_exactly(model_type, tied, bias):
     assert num_parameters(shape) == sum(prod(size) for size in parameter_shapes(shape).values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_static_parts_are_what_is_allocated(make_module, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "moments"),
+    [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")],
+)
+def test_static_parts_are_what_is_allocated(make_module, dtype, moments):
     module = make_module()
     weights = OwnedWeights(ModelConfig.from_hf(module.config), getattr(torch, dtype), torch.device("cpu"))
     model = Model(module.config, weights)
-    optimizer = AdamW(weights.flat, weights.leaves.values(), weights.num_matrix_elements, (0.9, 0.95), 1e-15, 0.01)
-    told = plan_training(model.config, dtype, "cpu", GIB, TINY_SIZES)
-    state = [x for x in (optimizer.first, optimizer.second, optimizer.remainder) if x is not None]
+    optimizer = AdamW(weights.flat, (), 0, (0.9, 0.95), 1e-15, 0.01, getattr(torch, moments))
+    told = plan_training(model.config, dtype, "cpu", GIB, replace(TINY_SIZES, moments=moments))
+    state = [tensor for name, tensor in optimizer.state().items() if name != "num_steps"]
+    assert plan.MOMENT_BLOCK == BLOCK
     assert gib(told, "weights") * GIB == weights.flat.nbytes
     assert gib(told, "gradients") * GIB == optimizer.grad.nbytes
     assert gib(told, "optimizer") * GIB == sum(x.nbytes for x in state)
@@ -110,7 +139,7 @@ def test_scoring_shares_the_memory_of_training():
     """Only what a scoring pass takes beyond a step's activations counts."""
     passes = plan.pass_bytes(LLAMA_3B, "bfloat16", "cuda", SHORT)
     told = plan_training(LLAMA_3B, "bfloat16", "cuda", 500 * GIB, TINY_SIZES)
-    step = gib(told, "activations") + gib(told, "loss")
+    step = gib(told, "activations") + gib(told, "backward")
     assert gib(told, "passes") == pytest.approx(passes / GIB - step, abs=1e-6)
     assert "passes" not in str(plan_training(LLAMA_3B, "bfloat16", "cuda", 500 * GIB, SHORT))
     assert gib(plan_inference(LLAMA_3B, "bfloat16", "cuda", 79 * GIB, SHORT), "passes") == passes / GIB
@@ -167,6 +196,7 @@ def packed_batch(vocab_size, num_prompts, num_generations, prompt, trace, answer
     return batch
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("config", "run"),
@@ -178,7 +208,7 @@ def packed_batch(vocab_size, num_prompts, num_generations, prompt, trace, answer
           "num_attention_heads": 8, "num_key_value_heads": 8}, (8, 4, 20, 30, 10)),
     ],
 )  # fmt: skip
-def test_activations_and_loss_are_what_a_step_takes(config, run, dtype):
+def test_activations_and_loss_are_what_a_step_takes(config, run, dtype, recompute):
     from conftest import TINY
 
     hf_config = tiny_config("llama", TINY | config)
@@ -189,12 +219,11 @@ def test_activations_and_loss_are_what_a_step_takes(config, run, dtype):
         model.weights.flat, model.weights.leaves.values(), model.weights.num_matrix_elements, (0.9, 0.95), 1e-15, 0.01
     )
     batch = packed_batch(config["vocab_size"], *run)
-    rows = train_step._Rows.of(batch, True)
     with PeakBytes(model.weights.flat, optimizer.grad) as measured:
-        train_step._loss(model, rows, batch, None, Objective(), 1.0)[0].backward()
-    num_tokens, sizes = len(batch.tokens_T), Sizes(*run[2:], run[1])
-    predicted = plan.activation_bytes(shape, dtype, "cpu", num_tokens, sizes)
-    predicted += plan.loss_bytes(shape, dtype, "cpu", num_tokens)
+        hidden_TD = model.packed(batch, recompute)
+        train_step._loss(hidden_TD, model.head, batch, None, None, Objective(), 1.0)[0].backward()
+    num_tokens, sizes = len(batch.tokens_T), Sizes(*run[2:], run[1], recompute=recompute)
+    predicted = plan.training_bytes(shape, dtype, "cpu", num_tokens, sizes)
     # Of the loss's chunks of logits, which the C++ op keeps to itself, nothing is measured.
     assert 0.95 < predicted / measured.peak < 1.15
 
@@ -203,17 +232,33 @@ def test_activations_and_loss_are_what_a_step_takes(config, run, dtype):
 
 
 def test_weights_that_do_not_fit():
-    with pytest.raises(UserError, match=r"cuda has 79\.00 GiB of memory; weights 14\.96 \+ .* are 123\.16"):
+    with pytest.raises(UserError, match=r"cuda has 79\.00 GiB of memory; weights 14\.96 \+ .* are 94\.\d\d, so 0\.00"):
         plan_training(LLAMA_8B, "bfloat16", "cuda", 79 * GIB, SHORT)
 
 
 def test_a_micro_batch_that_does_not_fit_names_one_that_does():
-    with pytest.raises(UserError, match=r"activations 156\.\d+ .* max_tokens_per_batch of at most 2,304 fits") as error:
-        plan_training(LLAMA_8B, "bfloat16", "cuda", 139 * GIB, SHORT)
+    sizes = replace(SHORT, recompute="none")
+    with pytest.raises(UserError, match=r"activations 1\d\d\.\d+ .* max_tokens_per_batch of at most [\d,]+ fits") as error:
+        plan_training(LLAMA_8B, "bfloat16", "cuda", 139 * GIB, sizes)
     most = int(str(error.value).split("at most ")[1].split(" ")[0].replace(",", ""))
-    assert plan_training(LLAMA_8B, "bfloat16", "cuda", 139 * GIB, replace(SHORT, batch_tokens=most)).num_slots >= 8
+    assert plan_training(LLAMA_8B, "bfloat16", "cuda", 139 * GIB, replace(sizes, batch_tokens=most)).num_slots >= 8
     with pytest.raises(UserError):
-        plan_training(LLAMA_8B, "bfloat16", "cuda", 139 * GIB, replace(SHORT, batch_tokens=most + 512))
+        plan_training(LLAMA_8B, "bfloat16", "cuda", 139 * GIB, replace(sizes, batch_tokens=most + 512))
+
+
+def test_what_is_recomputed_is_what_the_memory_asks_for():
+    def chosen(gib, **sizes):
+        told = plan_training(LLAMA_3B, "bfloat16", "cuda", gib * GIB, replace(SHORT, **sizes), shrink=True)
+        return told.sizes.recompute
+
+    assert [chosen(gib) for gib in (79, 90, 200)] == ["full", "selective", "none"]
+    assert chosen(79, recompute="selective") == "selective", "what is told stays"
+    in_order = [
+        plan.activation_bytes(LLAMA_3B, "bfloat16", "cuda", 8192, replace(SHORT, recompute=recompute))
+        for recompute in ("full", "selective", "none")
+    ]
+    assert in_order == sorted(in_order)
+    assert in_order[0] == 8192 * 2 * 3072 * (28 + 2), "a layer's input, and the last hidden states with their norm"
 
 
 def test_a_group_that_does_not_fit():
@@ -223,9 +268,15 @@ def test_a_group_that_does_not_fit():
 
 def test_a_derived_micro_batch_leaves_half_for_the_cache():
     told = plan_training(LLAMA_3B, "bfloat16", "cuda", 79 * GIB, SHORT, shrink=True)
-    assert 1312 <= told.sizes.batch_tokens < SHORT.batch_tokens
-    assert told.cache_bytes >= gib(told, "activations") * GIB
-    assert plan_training(LLAMA_3B, "bfloat16", "cuda", 500 * GIB, SHORT, shrink=True).sizes == SHORT
+    assert told.sizes.batch_tokens == SHORT.batch_tokens
+    assert told.sizes.recompute == "full"
+    kept = plan_training(LLAMA_3B, "bfloat16", "cuda", 79 * GIB, replace(SHORT, recompute="none"), shrink=True)
+    assert 1312 <= kept.sizes.batch_tokens < SHORT.batch_tokens
+    for plan_ in (told, kept):
+        assert plan_.cache_bytes >= (gib(plan_, "activations") + gib(plan_, "backward")) * GIB
+    assert plan_training(LLAMA_3B, "bfloat16", "cuda", 500 * GIB, SHORT, shrink=True).sizes == replace(
+        SHORT, recompute="none", moments="float32"
+    )
 
 
 # The command
@@ -250,10 +301,11 @@ def config_folder(tmp_path):
 def test_estimate_needs_no_weights_and_no_device(capsys, config_folder):
     out = estimate(
         capsys, "--model_name_or_path", config_folder, "--device", "cuda", "--device_memory_gib", "139",
-        "--max_prompt_length=512", "--max_trace_length=600", "--max_answer_length=200",
+        "--max_prompt_length=512", "--max_trace_length=600", "--max_answer_length=200", "--adam_moments_dtype=bfloat16",
     )  # fmt: skip
     assert "memory of cuda: 139.00 GiB" in out
     assert "  weights              14.96  8,030,261,248 parameters in bfloat16" in out
+    assert "  optimizer            44.87  bf16 moments, 16-bit remainders of fp32 weights" in out
     assert "pages of 256 tokens, 128 KiB a token" in out
 
 
@@ -271,6 +323,7 @@ def test_estimate_of_the_default(capsys):
         (["--device", "abacus"], "device 'abacus' is unknown"),
         (["--memory", "3"], "unknown option --memory"),
         (["--num_generations", "1"], "num_generations is 1; an advantage compares at least 2 traces"),
+        (["--adam_moments_dtype", "int8"], "adam_moments_dtype int8 is for CUDA; on a CPU the moments are fp32"),
         (["--max_trace_length", "5000"], "max_trace_length 5000 + 1 delimiter do not fit"),
     ],
 )

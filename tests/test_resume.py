@@ -20,8 +20,14 @@ VARIANTS = {
     "frozen baseline": {"baseline": "frozen"},
     "averaged baseline, bfloat16": {"baseline": "ema", "dtype": "bfloat16"},
     "minibatches, KL": {"prompts_per_minibatch": 1, "beta": 0.1},
+    "LoRA": {"use_peft": True, "lora_r": 4, "recompute": "selective"},
+    "LoRA, frozen baseline, KL, bfloat16": {
+        "use_peft": True, "lora_target_modules": "q_proj,v_proj", "baseline": "frozen", "beta": 0.1,
+        "dtype": "bfloat16",
+    },
+    "LoRA, averaged baseline": {"use_peft": True, "use_rslora": True, "baseline": "ema"},
     "sft, decay": {"objective": "sft", "max_trace_length": None, "lr_scheduler_type": "linear"},
-}
+}  # fmt: skip
 NUM_KILLS = 20
 
 

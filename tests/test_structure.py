@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/nrt_fast"
 KERNELS = ROOT / "triton_kernels"
 ROOMS = (  # an import goes to a lower rank only; rooms of one rank never import one another
-    {"types", "reference", "fakes", "metrics", "signals"},
+    {"types", "reference", "backward", "fakes", "metrics", "signals", "arena"},
     {"arguments", "config_checks", "ops", "triton_kernels", "starter"},
     {"config", "fused_loss", "kv_cache", "optim", "packed_attention"},
     {"data", "model", "plan", "resolve", "streams", "trackers"},
@@ -21,7 +21,7 @@ ROOMS = (  # an import goes to a lower rank only; rooms of one rank never import
     {"engine", "completions", "diagnostics", "json_lines", "report", "score_report"},
     {"source"},
     {"run"},
-    {"loop", "score_command", "generate_command", "adapters"},
+    {"loop", "score_command", "generate_command", "export_command", "adapters"},
     {"cli", "doctor"},
 )
 RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}

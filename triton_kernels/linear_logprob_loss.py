@@ -100,7 +100,7 @@ def linear_logprob_loss(
     policy_N: Tensor,
     old_logprob_N: Tensor | None,
     reference_logprob_N: Tensor | None,
-    grad_weight_VD: Tensor,
+    grad_weight_VD: Tensor | None,
     trace_loss: str,
     low: float,
     high: float,
@@ -140,5 +140,6 @@ def linear_logprob_loss(
         )  # fmt: skip
         matmul_fp32(grad_NV[:n], weight_VD, product_ND[:n])
         grad_hidden_ND[rows] = product_ND[:n]
-        matmul_fp32(grad_NV[:n].T, hidden, grad_weight_VD, accumulate=True)
+        if grad_weight_VD is not None:
+            matmul_fp32(grad_NV[:n].T, hidden, grad_weight_VD, accumulate=True)
     return loss_N.sum() * scale, logprob_N, entropy_N, grad_hidden_ND

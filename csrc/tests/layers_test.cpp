@@ -1,6 +1,7 @@
 // Tests of the torch-free core against double precision; exits with the number of failures.
 #include "../layers.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -82,6 +83,56 @@ void test_norms(int64_t D) {
   }
 }
 
+// Two blocks of rows and a bit; x, its gradient from elsewhere and the norm's are rows of something wider.
+template <typename T>
+void test_norm_backward(int64_t D) {
+  const int64_t num_rows = 2 * kNormBlock + 3, num_blocks = 3, stride = 3 * D + 1;
+  const std::vector<T> wide = randoms<T>(num_rows * stride, 6), weight = randoms<T>(D, 7);
+  const auto rows = [&](int64_t third) { return RowView<T>{wide.data() + third * D, 1, stride, 0}; };
+  const double eps = 1e-5;
+  for (const bool has_more : {false, true}) {
+    std::vector<T> grad_x(num_rows * D), grad_weight(D);
+    std::vector<float> partials(num_blocks * D, std::numeric_limits<float>::quiet_NaN());
+    const NormBackward<T> arguments{
+        rows(0), weight.data(), rows(1), has_more ? rows(2) : RowView<T>{}, num_rows, D, 1e-5f, grad_x.data(),
+        partials.data()};
+    rms_norm_backward(arguments, 1, num_blocks);
+    rms_norm_backward(arguments, 0, 1);
+    sum_norm_blocks(partials.data(), num_blocks, D, grad_weight.data());
+    std::vector<double> exact_weight(D);
+    bool good = true;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const T *x = rows(0).row(i), *grad = rows(1).row(i), *more = rows(2).row(i);
+      double squares = 0.0, dot = 0.0;
+      for (int64_t d = 0; d < D; ++d) {
+        squares += static_cast<double>(value_of(x[d])) * value_of(x[d]);
+      }
+      const double rstd = 1.0 / std::sqrt(squares / static_cast<double>(D) + eps);
+      for (int64_t d = 0; d < D; ++d) {
+        dot += static_cast<double>(value_of(grad[d])) * value_of(weight[d]) * value_of(x[d]) * rstd;
+        exact_weight[d] += value_of(grad[d]) * value_of(x[d]) * rstd;
+      }
+      for (int64_t d = 0; d < D; ++d) {
+        const double scaled = static_cast<double>(value_of(grad[d])) * value_of(weight[d]);
+        const double exact = rstd * (scaled - value_of(x[d]) * rstd * dot / static_cast<double>(D));
+        const double scale = std::max(1.0, rstd * std::abs(scaled));  // of what cancels
+        const double whole = exact + (has_more ? value_of(more[d]) : 0.0f);
+        const double error = std::abs(value_of(grad_x[i * D + d]) - whole);
+        good = good && error <= 2 * kError<T> * std::max(scale, std::abs(whole));
+      }
+    }
+    expect(good, "the gradient of what was normed");
+    good = true;
+    for (int64_t d = 0; d < D; ++d) {
+      good = good && std::abs(value_of(grad_weight[d]) - exact_weight[d]) <= 20 * kError<T>;
+    }
+    expect(good, "the gradient of the weight");
+  }
+  std::vector<T> none(D, T(7));
+  sum_norm_blocks(nullptr, 0, D, none.data());
+  expect(std::all_of(none.begin(), none.end(), [](T x) { return x == T(0); }), "no rows, no gradient");
+}
+
 template <typename T>
 void test_swiglu(int64_t F) {
   const int64_t num_rows = 3;
@@ -96,6 +147,57 @@ void test_swiglu(int64_t F) {
     good = good && close(value_of(result[i]), gate / (1.0 + std::exp(-gate)) * value_of(pair[F]), kError<T>);
   }
   expect(good, "swiglu, far from 0 too");
+  const std::vector<T> grad = randoms<T>(F, 8);
+  std::vector<T> grads(num_rows * 2 * F);
+  swiglu_backward(
+      RowView<T>{gate_up.data(), 2, 2 * F, F}, RowView<T>{grad.data(), 1, 0, 0}, F, 0, num_rows, grads.data());
+  good = true;
+  for (int64_t i = 0; i < num_rows * F; ++i) {
+    const int64_t place = i / F * 2 * F + i % F;
+    const double gate = value_of(gate_up[place]), up = value_of(gate_up[place + F]), dy = value_of(grad[i % F]);
+    const double sigmoid = 1.0 / (1.0 + std::exp(-gate));
+    good = good && close(value_of(grads[place]), dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), 4 * kError<T>) &&
+        close(value_of(grads[place + F]), dy * gate * sigmoid, kError<T>);
+  }
+  expect(good, "both gradients of swiglu, for one row of upstream gradients");
+}
+
+// Inside one projection [3 + 2 heads] a token: turned, then back.
+template <typename T>
+void test_rotate(int64_t F) {
+  constexpr int64_t kTokens = 3, kHeads = 3, kKeyHeads = 2;
+  const int64_t E = 2 * F, stride = (kHeads + kKeyHeads) * E;
+  const std::vector<T> qk = randoms<T>(kTokens * stride, 9);
+  std::vector<T> cos = randoms<T>(kTokens * F, 10), sin(kTokens * F);
+  for (int64_t i = 0; i < kTokens * F; ++i) {
+    const float angle = 3.0f * value_of(cos[i]);
+    cos[i] = rounded<T>(std::cos(angle));
+    sin[i] = rounded<T>(std::sin(angle));
+  }
+  const HeadView<const T> q{qk.data(), kHeads, stride, E}, k{qk.data() + kHeads * E, kKeyHeads, stride, E};
+  std::vector<T> turned(kTokens * stride), back(kTokens * stride);
+  const auto heads = [&](std::vector<T>& values, int64_t first, int64_t num_heads) {
+    return HeadView<T>{values.data() + first * E, num_heads, stride, E};
+  };
+  const auto const_heads = [](const HeadView<T>& x) {
+    return HeadView<const T>{x.data, x.num_heads, x.token_stride, x.head_stride};
+  };
+  const HeadView<T> turned_q = heads(turned, 0, kHeads), turned_k = heads(turned, kHeads, kKeyHeads);
+  rotate(Rotate<T>{q, k, cos.data(), sin.data(), F, turned_q, turned_k}, 0, kTokens);
+  const Rotate<T> backward{
+      const_heads(turned_q), const_heads(turned_k), cos.data(), sin.data(), F, heads(back, 0, kHeads),
+      heads(back, kHeads, kKeyHeads)};
+  rotate_backward(backward, 1, kTokens);
+  rotate_backward(backward, 0, 1);
+  bool good = true;
+  for (int64_t i = 0; i < kTokens * stride; ++i) {
+    const int64_t t = i / stride, e = i % E, f = e % F, first = i - e + f;
+    const double a = value_of(qk[first]), b = value_of(qk[first + F]);
+    const double c = value_of(cos[t * F + f]), s = value_of(sin[t * F + f]);
+    good = good && close(value_of(turned[i]), e < F ? a * c - b * s : b * c + a * s, 2 * kError<T>) &&
+        close(value_of(back[i]), value_of(qk[i]), 4 * kError<T>);
+  }
+  expect(good, "rotated, and back");
 }
 
 // One projection [H + 2 K heads] a token; the cache is one layer of two.
@@ -145,7 +247,9 @@ void test_rotate_write(int64_t F) {
 template <typename T>
 void test(int64_t size) {
   test_norms<T>(size);
+  test_norm_backward<T>(size);
   test_swiglu<T>(size);
+  test_rotate<T>(size);
   test_rotate_write<T>(size);
 }
 

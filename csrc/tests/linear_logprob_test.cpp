@@ -191,6 +191,25 @@ void test_against_double(int64_t N, int64_t V, int64_t D) {
          "the same bits on three threads");
 }
 
+template <typename T>
+void test_a_constant_weight_gets_no_gradient(int64_t N, int64_t V, int64_t D) {
+  const Problem<T> problem(N, V, D);
+  const Result expected = run(problem, 1);
+  Floats loss(1), logprob(N), entropy(N);
+  std::vector<T> grad_hidden(N * D);
+  linear_logprob_loss<T>(
+      problem.input(),
+      {problem.token_weight.data(), problem.policy.get(), problem.old_logprob.data(),
+       problem.reference_logprob.data(), problem.terms},
+      portable_product, on_threads(2), {loss.data(), logprob.data(), entropy.data(), grad_hidden.data(), nullptr});
+  expect(loss == expected.loss && logprob == expected.logprob && entropy == expected.entropy, "the same results");
+  bool same = true;
+  for (int64_t i = 0; i < N * D; ++i) {
+    same = same && value_of(grad_hidden[i]) == expected.grad_hidden[i];
+  }
+  expect(same, "the same gradient of the hidden states");
+}
+
 void test_rows_do_not_depend_on_their_neighbours() {
   Problem<float> problem(70, 300, 17);
   const Result whole = run(problem, 1);
@@ -271,6 +290,8 @@ int main() {
   test_against_double<uint16_t>(1, 2, 1);
   test_against_double<uint16_t>(67, 513, 33);
   test_against_double<uint16_t>(3, 300, 130);
+  test_a_constant_weight_gets_no_gradient<float>(67, 257, 33);
+  test_a_constant_weight_gets_no_gradient<uint16_t>(67, 513, 33);
   test_rows_do_not_depend_on_their_neighbours();
   test_hostile_values();
   test_a_token_without_gradient_leaves_no_trace();

@@ -1,9 +1,9 @@
 """Checkpoints that are complete or absent, in Hugging Face layout, and the folder of a run.
 
 output_dir/run.json                what the run is: the fields that decide its result
-output_dir/checkpoint-<step>/      model, tokenizer, optimizer.safetensors, *.safetensors, trainer_state.json
+output_dir/checkpoint-<step>/      model or adapter, tokenizer, optimizer.safetensors, *.safetensors, trainer_state.json
 output_dir/checkpoint-<step>/manifest.json   size and SHA-256 of every file, written last
-output_dir/final/                  model and tokenizer
+output_dir/final/                  model or adapter, and tokenizer
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def problem(folder: Path) -> str | None:
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """(state, tensors by file name) of a complete checkpoint."""
-    files = [path for path in folder.glob("*.safetensors") if not path.name.startswith("model")]
+    files = [path for path in folder.glob("*.safetensors") if not path.name.startswith(("model", "adapter_model"))]
     return json.loads((folder / STATE).read_text()), {path.stem: load_file(path) for path in files}
 
 

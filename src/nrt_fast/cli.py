@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from nrt_fast import __version__
 from nrt_fast.arguments import Arguments, did_you_mean, help_text, parse
-from nrt_fast.config import EstimateConfig, GenerateConfig, ScoreConfig, TrainConfig
+from nrt_fast.config import EstimateConfig, ExportConfig, GenerateConfig, ScoreConfig, TrainConfig
 from nrt_fast.types import UserError
 
 GROUPS = {"model_name_or_path": "Model", "num_generations": "Sampling"}
@@ -18,6 +18,7 @@ TRAIN_GROUPS = GROUPS | {
     "dataset_weights": "Training data",
     "objective": "Objective",
     "prompts_per_step": "Step",
+    "use_peft": "LoRA",
     "output_dir": "Run",
 }
 
@@ -62,6 +63,12 @@ def _generate(config: GenerateConfig, flags: set[str]) -> None:
     generate_command.generate(config)
 
 
+def _export(config: ExportConfig, flags: set[str]) -> None:
+    from nrt_fast import export_command
+
+    export_command.export(config)
+
+
 COMMANDS = {
     "train": Command(
         "train a model; without arguments, the built-in starter on the built-in tasks",
@@ -80,6 +87,12 @@ COMMANDS = {
         '"QUESTION" [--config FILE.yaml] [--field value ...] [--print_config]',
         Arguments(GenerateConfig, positional="question", groups=GROUPS | {"question": "Questions"}),
         _generate,
+    ),
+    "export": Command(
+        "write a trained model or adapter to a folder of its own, the adapter merged if asked for",
+        "--model_name_or_path FOLDER --output_dir NEW [--merge_lora true] [--config FILE.yaml] [--print_config]",
+        Arguments(ExportConfig, groups={"model_name_or_path": "Export"}),
+        _export,
     ),
     "estimate": Command(
         "tell a run's memory without loading weights or touching a device",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from nrt_fast.config_checks import check_config, check_generate, check_score
+from nrt_fast.config_checks import PROJECTIONS, check_config, check_export, check_generate, check_score
 
 Reward = Literal["logp", "prob", "am", "gm", "ws_inv", "ws_log", "r3"]
 Baseline = Literal["current", "frozen", "ema", "none"]
@@ -196,8 +196,10 @@ class TrainConfig(DataFields, SamplingFields, ModelFields):
     """Prompts in one optimiser step; all of the step's prompts if absent."""
     max_tokens_per_batch: int | None = None
     """Tokens in one packed micro-batch; changes memory and speed, not the result."""
+    recompute: Literal["none", "selective", "full"] | None = None
+    """What the backward pass computes again to save memory: selective, all but products; full, whole layers."""
     learning_rate: float | None = None
-    """Peak learning rate; 2e-6, the starter 3e-4."""
+    """Peak learning rate; 2e-6, the starter 3e-4, ten times that with use_peft."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule after the warm-up."""
     warmup_steps: float | None = None
@@ -210,12 +212,25 @@ class TrainConfig(DataFields, SamplingFields, ModelFields):
     """AdamW's second-moment decay."""
     adam_epsilon: float = 1e-15
     """AdamW's epsilon."""
+    adam_moments_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Dtype of AdamW's moments on CUDA; the first that fits, if absent. Weights keep an fp32 master with any."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     max_steps: int | None = None
     """Steps to run; overrides num_train_epochs."""
     num_train_epochs: float = 1.0
     """Passes over the data."""
+
+    use_peft: bool = False
+    """Train a LoRA adapter and leave the weights as they are; a PEFT adapter as model goes on from there."""
+    lora_r: int | None = None
+    """Rank of the adapter; 16."""
+    lora_alpha: int | None = None
+    """The adapter's change is scaled by lora_alpha / lora_r; 32."""
+    lora_target_modules: list[str] | str | None = None
+    """Projections with an adapter: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj; all-linear: all of them."""
+    use_rslora: bool | None = None
+    """Scale by lora_alpha / sqrt(lora_r) instead; false."""
 
     output_dir: str | None = None
     """Folder of the run; runs/<model>-<objective>, the demo's is runs/demo."""
@@ -241,6 +256,14 @@ class TrainConfig(DataFields, SamplingFields, ModelFields):
             UserError: names the field, and what would be valid.
         """
         check_config(self)
+
+    @property
+    def lora_targets(self) -> list[str]:
+        """The names in lora_target_modules, all-linear spelt out, in the model's order where they are known."""
+        names = split_names("all-linear" if self.lora_target_modules is None else self.lora_target_modules)
+        if names == ["all-linear"]:
+            return list(PROJECTIONS)
+        return sorted(set(names), key=lambda name: (PROJECTIONS.index(name) if name in PROJECTIONS else -1, name))
 
     def resolved_objective(self) -> Objective:
         """The preset with this config's own choices on top of it."""
@@ -290,3 +313,19 @@ class GenerateConfig(SamplingFields, ModelFields):
     def check(self) -> None:
         """Refuse values out of range and fields that could have no effect; UserError names the field."""
         check_generate(self)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Every field of ``nrt-fast export``."""
+
+    model_name_or_path: str | None = None
+    """Folder or hub id of a model or of a PEFT adapter, such as a run's final or one of its checkpoints."""
+    output_dir: str | None = None
+    """Folder to write; new or empty."""
+    merge_lora: bool = False
+    """Write the adapter's model with the adapter in its weights, instead of the adapter alone."""
+
+    def check(self) -> None:
+        """Refuse a field that is missing; UserError names it."""
+        check_export(self)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nrt_fast.types import UserError
 
 if TYPE_CHECKING:
-    from nrt_fast.config import DataFields, GenerateConfig, Objective, ScoreConfig, TrainConfig
+    from nrt_fast.config import DataFields, ExportConfig, GenerateConfig, Objective, ScoreConfig, TrainConfig
 
 AT_LEAST = {
     "num_eval_prompts": 0, "max_prompt_length": 1, "max_trace_length": 1, "max_answer_length": 2,
@@ -17,12 +17,13 @@ AT_LEAST = {
     "std_floor": 0, "beta": 0, "entropy_coef": 0, "prompts_per_step": 1, "prompts_per_minibatch": 1,
     "num_generations": 1, "max_tokens_per_batch": 1, "warmup_steps": 0, "weight_decay": 0, "adam_beta1": 0,
     "adam_beta2": 0, "max_steps": 1, "seed": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
-    "eval_steps": 0, "num_prompts": 1,
+    "eval_steps": 0, "num_prompts": 1, "lora_r": 1, "lora_alpha": 1,
 }  # fmt: skip
 ABOVE = dict.fromkeys(
     ("epsilon", "epsilon_high", "temperature", "learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs",
      "device_memory_gib"), 0,
 )  # fmt: skip
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BELOW = {"epsilon": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**63}
 
 
@@ -57,6 +58,13 @@ def check_generate(config: GenerateConfig) -> None:
         raise UserError("the question is empty")
     if config.prompt_field and (config.input_file is None or config.input_file.endswith(".txt")):
         raise UserError("prompt_field cannot take effect: there are no rows with fields")
+
+
+def check_export(config: ExportConfig) -> None:
+    """Raise what ``ExportConfig.check`` says."""
+    for name in ("model_name_or_path", "output_dir"):
+        if getattr(config, name) is None:
+            raise UserError(f"{name} is needed: nrt-fast export --model_name_or_path runs/demo/final --output_dir NEW")
 
 
 def _check_ranges(config, may_be_zero: tuple[str, ...] = ()) -> None:
@@ -98,6 +106,10 @@ def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
         yield f"reward {objective.reward} is measured against a baseline; baseline is none"
     if objective.baseline == "none" and objective.reward_clip != "none":
         yield f"reward_clip {objective.reward_clip} is a clip at a baseline; baseline is none"
+    unknown = [name for name in config.lora_targets if name not in PROJECTIONS]
+    if unknown or (config.lora_target_modules is not None and not config.lora_targets):
+        told = f"{unknown[0]!r} is unknown" if unknown else "is empty"
+        yield f"lora_target_modules: {told}; valid: all-linear, or some of {', '.join(PROJECTIONS)}"
 
 
 def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[str, bool, str]]:
@@ -114,6 +126,7 @@ def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[st
     yield "advantage std_floor epsilon epsilon_high entropy_coef beta", no_trace_loss, "trace_loss is none"
     yield "epsilon epsilon_high", objective.trace_loss == "reinforce", "trace_loss reinforce clips no ratio"
     yield "answer_weight", objective.answer_coef == 0, "answer_coef is 0"
+    yield "lora_r lora_alpha lora_target_modules use_rslora", not config.use_peft, "use_peft is false"
     weighted = objective.reward in ("ws_inv", "ws_log", "r3")
     yield "reward_scale", not weighted, f"reward {objective.reward} has no token weights"
     unused = not weighted and objective.reward_clip == "none"

@@ -68,24 +68,26 @@ def train_metrics(tokens: LossTokens, stats: TrainStats, objective: Objective, o
         "loss": stats.loss["total"],
         **{f"loss/{name}": value for name, value in stats.loss.items() if name != "total"},
         "grad_norm": stats.grad_norm,
-        "nrt/score_audit_mean": _tensor_mean(difference_A[answer_A].abs()),
-        "nrt/score_audit_max": _tensor_max(difference_A[answer_A].abs()),
     }
+    if objective.answer_coef:  # else no answer runs through the trainer
+        metrics |= {
+            "nrt/score_audit_mean": _tensor_mean(difference_A[answer_A].abs()),
+            "nrt/score_audit_max": _tensor_max(difference_A[answer_A].abs()),
+        }
     if objective.trace_loss == "none":
         return metrics
-    # Groups without signal may not have run through the trainer; the sampler knows their entropy.
+    # Groups without signal do not run through the trainer's head; the sampler knows their entropy.
     sampled_A = tokens.kind_A == TRACE
     metrics |= {
         "entropy": _tensor_mean(stats.entropy_A[trace_A] if trace_A.any() else -tokens.old_logprobs_A[sampled_A]),
         "nrt/dlogp_mean": _tensor_mean(difference_A[trace_A].abs()),
         "nrt/dlogp_max": _tensor_max(difference_A[trace_A].abs()),
     }
-    counted_A = trace_A & tokens.counted_A
     if objective.beta:
-        metrics["kl"] = stats.loss["kl"] / objective.beta * tokens.normalizer / max(int(counted_A.sum()), 1)
+        metrics["kl"] = stats.loss["kl"] / objective.beta * tokens.normalizer / max(int(trace_A.sum()), 1)
     if objective.trace_loss in ("cispo", "ppo"):
-        ratio_A = (difference_A * (not on_policy))[counted_A].exp()
-        metrics |= _clip_ratios(ratio_A, tokens.weight_A[counted_A], objective)
+        ratio_A = (difference_A * (not on_policy))[trace_A].exp()
+        metrics |= _clip_ratios(ratio_A, tokens.weight_A[trace_A], objective)
     return metrics
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nrt_fast.arena import Arena
 from nrt_fast.decode import MAX_STEPS, Decoding, Sampling, StepGraphs, prefill
 from nrt_fast.evaluate import greedy_answers
 from nrt_fast.kv_cache import KVCache
@@ -78,6 +79,9 @@ class Engine:
         num_slots: traces decoded at a time, with the same result.
         page_size: tokens of a page of the cache.
         max_repeated: see ``Sampling``.
+        arena: memory that the keys and values have in turn with something else, instead of ``max_cache_bytes``; every
+            call takes it, none needs what an earlier one left there.
+        beside: see ``Inference``.
 
     Attributes:
         counters: tokens through the model so far.
@@ -87,17 +91,18 @@ class Engine:
     def __init__(
         self, model: Model, *, delimiter_id: int, eos_id: int | list[int] | tuple[int, ...],
         max_cache_bytes: int = MAX_CACHE_BYTES, num_slots: int | None = None, page_size: int | None = None,
-        max_repeated: int = 0,
+        max_repeated: int = 0, arena: Arena | None = None, beside: Inference | None = None,
     ):  # fmt: skip
         device = model.embed.device.type
         self.model = model
         self.delimiter_id = delimiter_id
         self.eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
-        self.max_cache_bytes, self.max_repeated = max_cache_bytes, max_repeated
+        self.arena, self.max_repeated = arena, max_repeated
+        self.max_cache_bytes = arena.memory.nbytes if arena else max_cache_bytes
         self.num_slots = num_slots or NUM_SLOTS[device]
         self.page_size = page_size or PAGE_SIZE[device]
         self.counters = Counters()
-        self._passes = Inference(model)
+        self._passes = Inference(model, beside)
         self._graphs: StepGraphs | None = None
         self._cache: KVCache | None = None
         self.trace_lengths: dict[int, float] = {}
@@ -106,7 +111,8 @@ class Engine:
         """An engine for other weights of the same shape, on the same cache."""
         other = Engine(
             model, delimiter_id=self.delimiter_id, eos_id=self.eos_ids, max_cache_bytes=self.max_cache_bytes,
-            num_slots=self.num_slots, page_size=self.page_size, max_repeated=self.max_repeated,
+            num_slots=self.num_slots, page_size=self.page_size, max_repeated=self.max_repeated, arena=self.arena,
+            beside=self._passes,
         )  # fmt: skip
         other._cache = self.cache
         return other
@@ -115,7 +121,7 @@ class Engine:
     def cache(self) -> KVCache:
         """The keys and values, allocated when first asked for."""
         if self._cache is None:
-            self._cache = self._passes.new_cache(self.max_cache_bytes, self.page_size)
+            self._cache = self._passes.new_cache(self.max_cache_bytes, self.page_size, self.arena)
         return self._cache
 
     def rollout(
@@ -296,6 +302,8 @@ class Engine:
         return Sampling(max_length, 0.0, None, self.eos_ids[:1])
 
     def _take_weights(self) -> None:
+        if self.arena:
+            self.arena.take("keys and values")
         self._passes.refresh()
         if self._graphs is None and self.model.embed.device.type == "cuda":
             self._graphs = StepGraphs(self._passes, self.cache)

@@ -70,9 +70,25 @@ def add_rms_norm(x_TD: Tensor, *_) -> tuple[Tensor, Tensor]:
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(x_TD.shape)
 
 
+@torch.library.register_fake("nrt_fast::rms_norm_backward")
+def rms_norm_backward(x: Tensor, weight_D: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight_D.new_empty(weight_D.shape)
+
+
 @torch.library.register_fake("nrt_fast::swiglu")
 def swiglu(gate_up_T2F: Tensor) -> Tensor:
     return gate_up_T2F.new_empty(gate_up_T2F.shape[0], gate_up_T2F.shape[2])
+
+
+@torch.library.register_fake("nrt_fast::swiglu_backward")
+def swiglu_backward(gate_up_T2F: Tensor, grad_TF: Tensor) -> Tensor:
+    return gate_up_T2F.new_empty(gate_up_T2F.shape)
+
+
+@torch.library.register_fake("nrt_fast::rotate")
+@torch.library.register_fake("nrt_fast::rotate_backward")
+def rotate(q_THE: Tensor, k_TKE: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return q_THE.new_empty(q_THE.shape), k_TKE.new_empty(k_TKE.shape)
 
 
 @torch.library.register_fake("nrt_fast::rotate_write")
@@ -80,11 +96,23 @@ def rotate_write(q_THE: Tensor, *_) -> Tensor:
     return q_THE.new_empty(q_THE.shape)
 
 
-# Their results never require a gradient, even of operands that do.
+@torch.library.register_fake("nrt_fast::packed_attention")
+def packed_attention(q_THE: Tensor, *_) -> tuple[Tensor, Tensor]:
+    T, H, _ = q_THE.shape
+    return q_THE.new_empty(q_THE.shape), q_THE.new_empty(2, H, T, dtype=torch.float32)
+
+
+@torch.library.register_fake("nrt_fast::packed_attention_backward")
+def packed_attention_backward(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in (q_THE, k_TKE, v_TKE))
+
+
+# Their results never require a gradient, even of operands that do: nrt_fast.backward gives some of them one.
 _not_differentiable = torch.library.Library("nrt_fast", "IMPL")
 for _name in (
     "linear_logprob", "linear_logprob_stats", "linear_logprob_loss", "pack_panels", "panel_linear", "panel_logits",
-    "rms_norm", "add_rms_norm", "swiglu", "rotate_write",
+    "rms_norm", "add_rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward",
+    "rotate_write", "packed_attention", "packed_attention_backward",
 ):  # fmt: skip
     _not_differentiable.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 

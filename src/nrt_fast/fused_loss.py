@@ -40,7 +40,9 @@ class _LinearLogprobLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, target_N, inv_temperature_N, token_weight_N, policy_N, old_N, reference_N,
                 *options):  # fmt: skip
-        grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+        grad_weight_VD = None  # a constant head needs none
+        if ctx.needs_input_grad[1]:
+            grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
         loss, logprob_N, entropy_N, grad_hidden_ND = ops.linear_logprob_loss(
             hidden_ND, weight_VD, target_N, inv_temperature_N, token_weight_N, policy_N, old_N, reference_N,
             grad_weight_VD, *options,
@@ -57,6 +59,8 @@ class _LinearLogprobLoss(torch.autograd.Function):
         if grad.ndim:
             raise ValueError(f"upstream gradient of the loss: expected a scalar, got {list(grad.shape)}")
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
+        if grad_weight_VD is None:
+            return grad_hidden_ND * grad, *[None] * 13
         # The product is rounded once, on its way out: no fp32 temporary of the head's size.
         scaled_VD = torch.empty_like(grad_weight_VD, dtype=ctx.weight_dtype)
         torch.mul(grad_weight_VD, grad, out=scaled_VD)

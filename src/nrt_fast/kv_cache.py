@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from nrt_fast.arena import Arena
 
 SCRATCH_PAGE = 0  # where rows that only fill a batch write
 
@@ -57,7 +60,11 @@ class CacheRows:
 
 
 class KVCache:
-    """Pages of keys and values, allocated once at a fixed address.
+    """Pages of keys and values at a fixed address.
+
+    Args:
+        like: gives dtype and device.
+        arena: memory they have in turn with something else; memory of their own where there is none.
 
     Attributes:
         k, v: [L, N, K, S, E], N pages of S slots; page 0 is scratch.
@@ -65,8 +72,12 @@ class KVCache:
         num_pages: pages that sequences can have, N - 1.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, num_pages: int, page_size: int, like: Tensor):
-        self.k, self.v = (like.new_empty(layers, num_pages + 1, kv_heads, page_size, head_dim) for _ in range(2))
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, num_pages: int, page_size: int, like: Tensor,
+        arena: Arena | None = None,
+    ):  # fmt: skip
+        shape = 2, layers, num_pages + 1, kv_heads, page_size, head_dim
+        self.k, self.v = arena.view(prod(shape), like.dtype).view(shape) if arena else like.new_empty(shape)
         self.page_size, self.num_pages = page_size, num_pages
         # The page that was used last is taken first: memory that no call needed is never touched.
         self._free = list(range(num_pages, SCRATCH_PAGE, -1))

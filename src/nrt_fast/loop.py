@@ -189,6 +189,7 @@ def learn(
 ) -> dict[str, float]:
     """The optimiser steps of one rollout, one for each minibatch; returns their metrics as one row."""
     config, size = run.config, run.config.prompts_per_minibatch
+    run.optimizer.zero_grad()  # their memory was that of keys and values
     on_policy, rows = size >= len(examples), []
     for start in range(0, len(examples), size):
         part = slice(start, start + size)
@@ -207,10 +208,10 @@ def learn(
         batches = pack(tokens, config.max_tokens_per_batch, run.model.embed.device)
         stats = train_step(
             run.model, run.optimizer, tokens, batches, run.objective, lr, config.max_grad_norm,
-            on_policy, reference=run.frozen if run.objective.beta else None,
+            on_policy, reference=run.frozen if run.objective.beta else None, recompute=config.recompute,
         )  # fmt: skip
         if run.ema is not None:
-            run.ema.update(run.model.weights.flat)
+            run.ema.update(run.model.trained.flat)
         rows.append(train_metrics(tokens, stats, run.objective, on_policy))
     return over_minibatches(rows)
 

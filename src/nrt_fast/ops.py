@@ -107,7 +107,8 @@ def _choose(op: str, device: str, forced: Backend | None, grad: bool = True) -> 
 def _implementation(op: str, device: str, forced: Backend | None, grad: bool = True) -> Callable:
     chosen = _choose(op, device, forced, grad)
     if chosen in ("native", "cuda"):
-        return getattr(torch.ops.nrt_fast, op).default
+        native = getattr(torch.ops.nrt_fast, op).default
+        return getattr(import_module("nrt_fast.backward"), op, native) if grad else native
     if chosen == "triton":
         return getattr(import_module(f"nrt_fast.triton_kernels.{op}"), op)
     return _references[op]
@@ -199,7 +200,7 @@ pack_index = _op(pack.pack_index, "native", entries_M3=torch.int64, cu_prompts=t
 pack_gather = _op(
     pack.pack_gather, "native", "cuda", prompt_ids_U=torch.int64, targets_A=torch.int64,
     inv_temperature_A=torch.float32, weight_A=torch.float32, old_logprobs_A=torch.float32, kind_A=torch.int8,
-    counted_A=torch.bool, source_T=torch.int64, rows_B=torch.int64,
+    source_T=torch.int64, rows_B=torch.int64,
 )  # fmt: skip
 logsoftmax_gather = _op(
     gather.logsoftmax_gather, "triton", logits_NV=None, target_N=torch.int64, inv_temperature_N=torch.float32
@@ -243,10 +244,10 @@ prefix_attention = _op(
 gather_rows = _op(
     gather_rows_.gather_rows, "triton", x_TKE=None, index_R=torch.int64, copies_R=torch.int64, cu_copies=torch.int64
 )
-rms_norm = _op(layers.rms_norm, "triton", forward_only="native", weight_D=None)
-add_rms_norm = _op(layers.add_rms_norm, "triton", forward_only="native", x_TD=None, residual_TD=None, weight_D=None)
-swiglu = _op(layers.swiglu, "triton", forward_only="native", gate_up_T2F=None)
-rotate = _op(layers.rotate, "triton", q_THE=None, k_TKE=None, cos_TF=None, sin_TF=None)
+rms_norm = _op(layers.rms_norm, "native", "triton", weight_D=None)
+add_rms_norm = _op(layers.add_rms_norm, "native", "triton", x_TD=None, residual_TD=None, weight_D=None)
+swiglu = _op(layers.swiglu, "native", "triton", gate_up_T2F=None)
+rotate = _op(layers.rotate, "native", "triton", q_THE=None, k_TKE=None, cos_TF=None, sin_TF=None)
 rotate_write = _op(
     layers.rotate_write, "triton", forward_only="native", q_THE=None, k_TKE=None, v_TKE=None, cos_TF=None, sin_TF=None,
     k_pages_NKSE=None, v_pages_NKSE=None, page_T=None, slot_T=None,

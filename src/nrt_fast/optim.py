@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from nrt_fast import ops
+from nrt_fast.arena import Arena
+from nrt_fast.reference.adamw import BLOCK
+from nrt_fast.types import UserError
 
 
 class AdamW:
@@ -21,22 +24,40 @@ class AdamW:
         flat: [n] fp32 or bf16 weights.
         leaves: the autograd leaves, views of ``flat``.
         num_decayed: weights before this offset decay.
+        moments: float32, bfloat16 or int8 (codes with an fp32 scale for every 256 weights).
+        arena: memory whose front the gradients have, after ``zero_grad`` and until something else takes it; memory of
+            their own where there is none.
     """
 
     def __init__(
         self, flat: Tensor, leaves: Iterable[Tensor], num_decayed: int, betas: tuple[float, float], eps: float,
-        weight_decay: float,
+        weight_decay: float, moments: torch.dtype = torch.float32, arena: Arena | None = None,
     ):  # fmt: skip
         self.flat, self.num_decayed = flat, num_decayed
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.num_steps = 0
-        self.grad = torch.zeros_like(flat, dtype=torch.float32)
-        self.first, self.second = torch.zeros_like(self.grad), torch.zeros_like(self.grad)
-        self.remainder = torch.zeros_like(flat, dtype=torch.int16) if flat.dtype == torch.bfloat16 else None
+        self._arena = arena
+        self.grad = arena.view(flat.numel(), torch.float32) if arena else torch.zeros_like(flat, dtype=torch.float32)
+        self.first = torch.zeros_like(flat, dtype=moments)
+        self.second = torch.zeros_like(flat, dtype=torch.uint8 if moments == torch.int8 else moments)
+        self.first_absmax = self.second_absmax = self.remainder = None
+        if moments == torch.int8:
+            num_blocks = -(-flat.numel() // BLOCK)
+            self.first_absmax, self.second_absmax = (flat.new_zeros(num_blocks, dtype=torch.float32) for _ in range(2))
+        if flat.dtype == torch.bfloat16:
+            self.remainder = torch.zeros_like(flat, dtype=torch.int16)
         for leaf in leaves:
             leaf.register_post_accumulate_grad_hook(self._accumulate)
 
+    def zero_grad(self) -> None:
+        """Clear the gradients; they have the arena's memory from now on. A step leaves them cleared."""
+        if self._arena:
+            self._arena.take("gradients")
+        self.grad.zero_()
+
     def _accumulate(self, leaf: Tensor) -> None:
+        if self._arena:
+            self._arena.check("gradients")
         start = leaf.storage_offset()
         self.grad[start : start + leaf.numel()].view_as(leaf).add_(leaf.grad)
         leaf.grad = None
@@ -44,12 +65,14 @@ class AdamW:
     @torch.no_grad()
     def step(self, lr: float, max_grad_norm: float) -> float:
         """Clip, update, clear the gradients. Returns the gradient norm before clipping; not finite: nothing changes."""
+        if self._arena:
+            self._arena.check("gradients")
         norm = ops.grad_norm(self.grad)
         # On the device, where the norm is: what waits for it is this function's result, not the update.
         grad_scale = (max_grad_norm / (norm + 1e-6)).clamp_(max=1.0).where(norm.isfinite(), math.nan).view(1)
         ops.adamw(
             self.flat, self.remainder, self.grad, self.first, self.second, lr, self.betas, self.eps, self.weight_decay,
-            self.num_decayed, self.num_steps + 1, grad_scale,
+            self.num_decayed, self.num_steps + 1, grad_scale, self.first_absmax, self.second_absmax,
         )  # fmt: skip
         norm = float(norm)
         self.num_steps += math.isfinite(norm)
@@ -57,11 +80,19 @@ class AdamW:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the weights; tensors are the live ones."""
-        state = {"first": self.first, "second": self.second, "num_steps": torch.tensor([self.num_steps])}
-        return state if self.remainder is None else state | {"remainder": self.remainder}
+        names = ("first", "second", "first_absmax", "second_absmax", "remainder")
+        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return tensors | {"num_steps": torch.tensor([self.num_steps])}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over a checkpoint's state."""
+        """Take over a checkpoint's state.
+
+        Raises:
+            UserError: its moments are of another dtype.
+        """
+        if state["first"].dtype != self.first.dtype:
+            theirs, ours = (str(x.dtype).removeprefix("torch.") for x in (state["first"], self.first))
+            raise UserError(f"the checkpoint's moments are {theirs}, this run's {ours}; adam_moments_dtype decides")
         self.num_steps = int(state["num_steps"])
         for name, tensor in self.state().items():
             if name != "num_steps":

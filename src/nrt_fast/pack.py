@@ -25,7 +25,8 @@ def loss_tokens(
     """Every loss token of one optimiser step with its weight and the step's normaliser (method section 4).
 
     A trace contributes z and the sampled delimiter with its advantage, an appended delimiter with the format
-    coefficient, and y* with the answer coefficient times its weight. Without traces (sft) there is one empty trace.
+    coefficient, and y* with the answer coefficient times its weight; where that is 0, y* is left out. Without traces
+    (sft) there is one empty trace.
 
     Args:
         examples: P prompts with their answers.
@@ -38,15 +39,18 @@ def loss_tokens(
     """
     targets, kinds, weights, old, lengths = [], [], [], [], []
     for p, example in enumerate(examples):
+        answer_ids = example.answer_ids if objective.answer_coef else []
         for g, ids in enumerate(traces.trace_ids[p]):
             end = traces.delimiter_logprobs[p][g]
-            targets += [*ids, delimiter_id, *example.answer_ids]
-            kinds += [TRACE] * len(ids) + [FORMAT if end is None else TRACE] + [ANSWER] * len(example.answer_ids)
+            targets += [*ids, delimiter_id, *answer_ids]
+            kinds += [TRACE] * len(ids) + [FORMAT if end is None else TRACE] + [ANSWER] * len(answer_ids)
             policy = float(advantage[p][g])
             weights += [policy] * len(ids) + [_format_weight(objective) if end is None else policy]
-            weights += (objective.answer_coef * answer_weights[p][g]).tolist()
-            old += [*traces.logprobs[p][g], end or 0.0, *answer_logprobs[p][g].tolist()]
-            lengths.append(len(ids) + 1 + len(example.answer_ids))
+            old += [*traces.logprobs[p][g], end or 0.0]
+            if answer_ids:
+                weights += (objective.answer_coef * answer_weights[p][g]).tolist()
+                old += answer_logprobs[p][g].tolist()
+            lengths.append(len(ids) + 1 + len(answer_ids))
     kind_A, lens_N = torch.tensor(kinds, dtype=torch.int8), torch.tensor(lengths)
     num_traces_P = torch.tensor([len(group) for group in traces.trace_ids])
     signal_A = torch.tensor(signal).repeat_interleave(num_traces_P).repeat_interleave(lens_N)
@@ -73,8 +77,7 @@ def _format_weight(objective: Objective) -> float:
 def _counted(kind_A: Tensor, signal_A: Tensor, objective: Objective) -> Tensor:
     """Tokens that some term of the loss reads; a group without signal has no trace tokens."""
     trace_A = (kind_A == TRACE) & signal_A & (objective.trace_loss != "none")
-    answer_A = (kind_A == ANSWER) & (objective.answer_coef != 0)
-    return trace_A | answer_A | ((kind_A == FORMAT) & (_format_weight(objective) != 0))
+    return trace_A | (kind_A == ANSWER) | ((kind_A == FORMAT) & (_format_weight(objective) != 0))
 
 
 def _normalizer(counted_A: Tensor, num_traces: int, objective: Objective, max_tokens_per_trace: int) -> float:
@@ -93,8 +96,8 @@ def _cumulative(lens: Tensor) -> Tensor:
 def pack(tokens: LossTokens, max_tokens: int, device: torch.device) -> list[PackedBatch]:
     """Fill micro-batches of at most ``max_tokens`` tokens with whole groups, best fit first.
 
-    Groups without a counted token are left out. A group over the budget is split, its prompt repeated; a single trace
-    over the budget raises it to the trace's own size.
+    The loss reads the counted tokens of a batch alone, and traces without one are left out. A group over the budget is
+    split, its prompt repeated; a single trace over the budget raises it to the trace's own size.
     """
     entries_M3 = _entries(tokens, max_tokens)
     if len(entries_M3) == 0:
@@ -135,13 +138,15 @@ def _cost(tokens: LossTokens, entries_M3: Tensor) -> Tensor:
 def _arrays(tokens: LossTokens, device: torch.device) -> list[Tensor]:
     """What ``ops.pack_gather`` takes from, moved once for all batches."""
     arrays = (tokens.prompt_ids, tokens.targets_A, tokens.inv_temperature_A, tokens.weight_A, tokens.old_logprobs_A)
-    return [array.to(device) for array in (*arrays, tokens.kind_A, tokens.counted_A)]
+    return [array.to(device) for array in (*arrays, tokens.kind_A)]
 
 
 def _batch(tokens: LossTokens, arrays: list[Tensor], entries_M3: Tensor, device: torch.device) -> PackedBatch:
     source_T, positions_T, cu_seqlens, hidden_A, rows_A = ops.pack_index(
         entries_M3, tokens.cu_prompts, tokens.cu_traces
     )
+    counted_A = tokens.counted_A[rows_A]
+    hidden_A, rows_A = hidden_A[counted_A], rows_A[counted_A]
     tokens_T, *gathered = ops.pack_gather(*arrays, source_T.to(device), rows_A.to(device))
     return PackedBatch(
         tokens_T=tokens_T,

@@ -6,6 +6,7 @@ Arithmetic on a model's shape and a run's sizes; nothing here needs torch or a d
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+MOMENTS = {"float32": "fp32 moments", "bfloat16": "bf16 moments", "int8": "8-bit moments"}
+MOMENT_BLOCK = 256  # weights that share the fp32 scale of an 8-bit moment
 PAGE_TOKENS = {"cuda": 256, "cpu": 32}  # the engine's
 CONTEXT_BYTES = 2 * GIB  # CUDA context, libraries and their workspaces
 GRAPH_BYTES = 3 * GIB // 2  # CUDA graphs of the decode step
@@ -23,6 +26,10 @@ CPU_CACHE_BYTES = 2 * GIB
 LOGIT_ROWS = {"cuda": 8192, "cpu": 512}  # at most, of fp32 logits alive at one time
 CPU_LOGIT_BYTES = 64 << 20
 PASS_TOKENS = 16384  # of a pass over a cache, or one group
+RECOMPUTED = {
+    "none": "nothing recomputed", "selective": "all but products recomputed", "full": "layers recomputed",
+}  # fmt: skip
+EFFICIENT_TOKENS = 8192  # a micro-batch of so many keeps a GPU's products busy
 BATCH_STEP, MAX_BATCH_TOKENS = 256, 1 << 24  # a derived micro-batch is a multiple of it, and at most
 
 
@@ -34,8 +41,11 @@ class Sizes:
         prompt, trace, answer: longest of each, in tokens.
         num_generations: G.
         batch_tokens: of one packed micro-batch; 0 where nothing is trained.
-        num_copies: whole models beside the one in use, in its dtype (frozen, averaged).
+        num_copies: of what is trained, in its dtype (frozen, averaged).
         num_fp32_copies: the same in fp32 (what averages in it).
+        recompute: what the backward pass computes again: none, selective, full; None: what the memory asks for.
+        moments: dtype of the optimizer's: float32, bfloat16, int8; None: what the memory asks for.
+        adapter: parameters of the adapter that is trained; 0: all weights are.
     """
 
     prompt: int
@@ -45,6 +55,9 @@ class Sizes:
     batch_tokens: int = 0
     num_copies: int = 0
     num_fp32_copies: int = 0
+    recompute: str | None = None
+    moments: str | None = None
+    adapter: int = 0
 
 
 class Part(NamedTuple):
@@ -63,9 +76,10 @@ class MemoryPlan:
         device: cpu or cuda.
         device_bytes: what there is.
         parts: what is there beside the keys and values.
-        cache_bytes: for keys and values.
+        cache_bytes: for keys and values, the gradients' memory among it.
         token_bytes: keys and values of one token.
         sizes: of the run.
+        lent_bytes: of the gradients, which have their memory when nothing is sampled.
     """
 
     device: str
@@ -74,6 +88,7 @@ class MemoryPlan:
     cache_bytes: int
     token_bytes: int
     sizes: Sizes
+    lent_bytes: int = 0
 
     @property
     def page_tokens(self) -> int:
@@ -107,7 +122,8 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         """A table: GiB of each part, and what it is."""
-        rows = [*self.parts, Part("keys and values", self.cache_bytes, self._bought())]
+        more = self.cache_bytes - self.lent_bytes
+        rows = [*self.parts, Part("keys and values", more, self._bought())]
         total = sum(part.num_bytes for part in rows)
         lines = [f"memory of {self.device}: {_gib(self.device_bytes)} GiB, planned before anything is allocated"]
         lines += [f"  {name:<16} {_gib(num_bytes):>9}  {note}".rstrip() for name, num_bytes, note in rows]
@@ -115,8 +131,9 @@ class MemoryPlan:
 
     def _bought(self) -> str:
         sizes, length = self.sizes, self.sizes.trace + self.sizes.answer
+        lent = f"with the gradients' {_gib(self.lent_bytes)}: " if self.lent_bytes else ""
         return (
-            f"{self.num_pages:,} pages of {self.page_tokens} tokens, {_small(self.token_bytes)} a token: "
+            f"{lent}{self.num_pages:,} pages of {self.page_tokens} tokens, {_small(self.token_bytes)} a token: "
             f"{self.num_slots:,} slots x {length:,} tokens after prompts of {sizes.prompt:,}"
         )
 
@@ -130,48 +147,70 @@ def plan_training(
         dtype: float32 or bfloat16.
         device: cpu or cuda.
         device_bytes: its memory.
-        shrink: ``sizes.batch_tokens`` may be made smaller until activations take at most half of what is left.
+        shrink: ``sizes.batch_tokens`` may be made smaller until activations take no more than keys and values have.
 
     Raises:
         UserError: it cannot fit; tells the numbers.
     """
-    item, parameters = DTYPE_BYTES[dtype], num_parameters(shape)
-    exact = "fp32 moments" if dtype == "float32" else "fp32 moments, 16-bit remainders of fp32 weights"
+    if sizes.moments is not None:
+        return _plan_training(shape, dtype, device, device_bytes, sizes, shrink)
+    may_be_short = device == "cuda" and dtype == "bfloat16" and not sizes.adapter  # those of an adapter are few
+    *precise, least = MOMENTS if may_be_short else ("float32",)
+    for moments in precise:
+        with suppress(UserError):
+            plan = _plan_training(shape, dtype, device, device_bytes, replace(sizes, moments=moments), shrink)
+            if plan.sizes.batch_tokens >= min(sizes.batch_tokens, EFFICIENT_TOKENS):
+                return plan
+    return _plan_training(shape, dtype, device, device_bytes, replace(sizes, moments=least), shrink)
+
+
+def _plan_training(
+    shape: ModelConfig, dtype: str, device: str, device_bytes: int, sizes: Sizes, shrink: bool
+) -> MemoryPlan:
+    item, parameters = DTYPE_BYTES[dtype], sizes.adapter or num_parameters(shape)
+    remainders = "" if dtype == "float32" else ", 16-bit remainders of fp32 weights"
     static = [
         *_weights(shape, dtype, device),
-        Part("gradients", 4 * parameters, "summed in fp32"),
-        Part("optimizer", (8 if dtype == "float32" else 10) * parameters, exact),
+        *_adapter(dtype, sizes),
+        Part("gradients", 4 * parameters, "summed in fp32; lent to keys and values while traces are sampled"),
+        Part("optimizer", optimizer_bytes(parameters, dtype, sizes.moments), MOMENTS[sizes.moments] + remainders),
     ]
     copies = (item * sizes.num_copies + 4 * sizes.num_fp32_copies) * parameters
-    if copies and device == "cpu":
+    if copies and device == "cpu" and not sizes.adapter:
         copies += item * _packed_matrices(shape)  # while one of them scores
     if copies:
         static.append(Part("other weights", copies, "initial or averaged ones, for the baseline or the KL term"))
     static += _reserve(device)
-    plan = MemoryPlan(device, device_bytes, tuple(static), 0, cache_token_bytes(shape, dtype), sizes)
+    lent = _sum(part for part in static if part.name == "gradients")
+    plan = MemoryPlan(device, device_bytes, tuple(static), 0, cache_token_bytes(shape, dtype), sizes, lent)
     left = device_bytes - _sum(static)
     if left <= 0:
         raise UserError(f"{_short(plan)}; a smaller model, a device with more memory or another dtype is needed")
+    room = min(left, (left + lent) // 2)  # keys and values have as much, or what is lent
     longest = sizes.prompt + sizes.trace + sizes.answer
     batch_tokens = max(sizes.batch_tokens, longest)  # one trace is never split
 
     def training(num_tokens: int) -> int:
-        return activation_bytes(shape, dtype, device, num_tokens, sizes) + loss_bytes(shape, dtype, device, num_tokens)
+        return training_bytes(shape, dtype, device, num_tokens, sizes)
 
+    if sizes.recompute is None:
+        sizes = replace(sizes, recompute=_least_recompute(shape, dtype, device, batch_tokens, sizes, room, shrink))
     if shrink:
-        batch_tokens = min(batch_tokens, max(_most_tokens(training, left // 2), longest))
+        batch_tokens = min(batch_tokens, max(_most_tokens(training, room), longest))
+    head = "" if sizes.adapter else " and the head's gradient in fp32"
     parts = (
         *static,
         Part("activations", activation_bytes(shape, dtype, device, batch_tokens, sizes),
-             f"of a micro-batch of {batch_tokens:,} tokens, none recomputed"),
-        Part("loss", loss_bytes(shape, dtype, device, batch_tokens), "logits in chunks, the head's gradient in fp32"),
+             f"of a micro-batch of {batch_tokens:,} tokens, {RECOMPUTED[sizes.recompute]}"),
+        Part("backward", backward_bytes(shape, dtype, device, batch_tokens, sizes),
+             f"the loss, with logits in chunks{head}; or one layer"),
     )  # fmt: skip
     # What training takes is free while traces are sampled and scored, and the other way round.
     passes = pass_bytes(shape, dtype, device, sizes)
     if (more := passes - training(batch_tokens)) > 0:
         parts = (*parts, Part("passes", more, "what scoring takes beyond that"))
     plan = replace(plan, parts=parts, sizes=replace(sizes, batch_tokens=batch_tokens))
-    most = _most_tokens(lambda num_tokens: max(training(num_tokens), passes), left - plan.group_bytes)
+    most = _most_tokens(lambda num_tokens: max(training(num_tokens), passes), left - max(0, plan.group_bytes - lent))
     hint = (
         f"max_tokens_per_batch of at most {most:,} fits" if most >= longest else
         f"limits of at most {most:,} tokens together would fit" if most else "shorter limits are needed"
@@ -208,30 +247,69 @@ def _packed_matrices(shape: ModelConfig) -> int:
     return _layer_matrices(shape) + shape.vocab_size * shape.hidden_size
 
 
+def optimizer_bytes(num_parameters: int, dtype: str, moments: str) -> int:
+    """Two moments, the scales of 8-bit ones, and the remainders of bf16 weights."""
+    scales = 8 * -(-num_parameters // MOMENT_BLOCK) if moments == "int8" else 0
+    remainders = 0 if dtype == "float32" else 2 * num_parameters
+    return 2 * {"float32": 4, "bfloat16": 2, "int8": 1}[moments] * num_parameters + scales + remainders
+
+
 def cache_token_bytes(shape: ModelConfig, dtype: str) -> int:
     """Keys and values of one token, in all layers."""
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
 
 
+def _least_recompute(
+    shape: ModelConfig, dtype: str, device: str, batch_tokens: int, sizes: Sizes, num_bytes: int, shrink: bool
+) -> str:
+    """The first mode under which a micro-batch fits, or an efficient one where it may be made smaller."""
+    wanted = min(batch_tokens, EFFICIENT_TOKENS) if shrink else batch_tokens
+
+    def fits(recompute: str) -> bool:
+        return training_bytes(shape, dtype, device, wanted, replace(sizes, recompute=recompute)) <= num_bytes
+
+    return next(filter(fits, RECOMPUTED), "full")
+
+
+def training_bytes(shape: ModelConfig, dtype: str, device: str, num_tokens: int, sizes: Sizes) -> int:
+    """A micro-batch at its peak, beside weights, gradients and optimizer."""
+    arguments = shape, dtype, device, num_tokens, sizes
+    return activation_bytes(*arguments) + backward_bytes(*arguments)
+
+
 def activation_bytes(shape: ModelConfig, dtype: str, device: str, num_tokens: int, sizes: Sizes) -> int:
-    """What autograd keeps of a packed forward pass, and the widest layer's gradients while it goes back.
+    """What autograd keeps of a packed forward pass.
 
     A layer keeps the residual stream and its norm twice (4 D), queries, keys and values before and after rotation, the
     attention's output, gate and up (2 F) and their product (F). On CUDA each trace's keys are gathered behind those of
-    its prompt. The plain PyTorch pieces of a CPU also keep both norms before their weight, silu(gate), and for 16-bit
-    weights the norms' inputs in fp32.
+    its prompt. Recomputed with its products kept, it keeps its input, the four products (2 D, queries, keys and values,
+    2 F) and the attention's output; recomputed wholly, its input.
     """
+    kept = _layer_bytes(shape, dtype, device, sizes, sizes.recompute or "none")
+    return num_tokens * (shape.num_layers * kept + 2 * DTYPE_BYTES[dtype] * shape.hidden_size)
+
+
+def _layer_bytes(shape: ModelConfig, dtype: str, device: str, sizes: Sizes, recompute: str) -> int:
+    """What autograd keeps of one token in one layer."""
     item, D, F = DTYPE_BYTES[dtype], shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     elements = 4 * D + 3 * queries + 3 * keys + 3 * F
     if device == "cuda":
         elements += round(2 * keys * _gathered_share(sizes))
-        num_bytes = item * elements + 4 * (shape.num_heads + 2)
-    else:
-        elements += 2 * D + F
-        num_bytes = item * elements + 4 * (shape.num_heads + 2) + (0 if dtype == "float32" else 8 * D)
-    backward = item * (2 * D + 3 * F)
-    return num_tokens * (shape.num_layers * num_bytes + 2 * item * D + backward)
+    return {
+        "none": item * elements + 4 * (shape.num_heads + 2),
+        "selective": item * (3 * D + 2 * queries + 2 * keys + 2 * F) + 4 * shape.num_heads,
+        "full": item * D,
+    }[recompute]
+
+
+def backward_bytes(shape: ModelConfig, dtype: str, device: str, num_tokens: int, sizes: Sizes) -> int:
+    """The loss, or one layer on the way back, which is the larger: its widest gradients, and what it recomputes."""
+    recomputed = _layer_bytes(shape, dtype, device, sizes, "none")
+    recomputed -= _layer_bytes(shape, dtype, device, sizes, sizes.recompute or "none")
+    gradients = DTYPE_BYTES[dtype] * (2 * shape.hidden_size + 3 * shape.intermediate_size)
+    loss = loss_bytes(shape, dtype, device, num_tokens, head_is_constant=bool(sizes.adapter))
+    return max(loss, num_tokens * (recomputed + gradients))
 
 
 def _gathered_share(sizes: Sizes) -> float:
@@ -240,10 +318,11 @@ def _gathered_share(sizes: Sizes) -> float:
     return (sizes.prompt * (1 + sizes.num_generations) + own) / (sizes.prompt + own)
 
 
-def loss_bytes(shape: ModelConfig, dtype: str, device: str, num_tokens: int) -> int:
+def loss_bytes(shape: ModelConfig, dtype: str, device: str, num_tokens: int, head_is_constant: bool = False) -> int:
     """The head's gradient in fp32, then a chunk of logits or that gradient in the weights' dtype; the hidden states."""
     item, D, V = DTYPE_BYTES[dtype], shape.hidden_size, shape.vocab_size
-    return 4 * V * D + max(_logit_bytes(shape, device, num_tokens), item * V * D) + 2 * item * D * num_tokens
+    logits, hidden = _logit_bytes(shape, device, num_tokens), 2 * item * D * num_tokens
+    return logits + hidden if head_is_constant else 4 * V * D + max(logits, item * V * D) + hidden
 
 
 def pass_bytes(shape: ModelConfig, dtype: str, device: str, sizes: Sizes) -> int:
@@ -269,6 +348,13 @@ def _weights(shape: ModelConfig, dtype: str, device: str) -> list[Part]:
     return parts
 
 
+def _adapter(dtype: str, sizes: Sizes) -> list[Part]:
+    if not sizes.adapter:
+        return []
+    note = f"{sizes.adapter:,} parameters, the only ones trained, and the blocks that decoding multiplies by"
+    return [Part("adapter", 4 * DTYPE_BYTES[dtype] * sizes.adapter, note)]
+
+
 def _reserve(device: str) -> list[Part]:
     if device == "cpu":
         return []
@@ -288,14 +374,16 @@ def _most_tokens(needed: Callable[[int], int], num_bytes: int) -> int:
 
 
 def _with_cache(plan: MemoryPlan, hint: str) -> MemoryPlan:
-    """The plan with its keys and values: on CUDA what is left, on a CPU a fixed budget.
+    """The plan with its keys and values: on CUDA what is left, on a CPU a fixed budget; what is lent at least.
 
     Raises:
         UserError: not even one group fits.
     """
-    left = plan.device_bytes - _sum(plan.parts)
-    budget = left if plan.device == "cuda" else min(left, CPU_CACHE_BYTES, plan.device_bytes // 2)
-    plan = replace(plan, cache_bytes=max(0, budget))
+    left, lent = plan.device_bytes - _sum(plan.parts), plan.lent_bytes
+    budget = left + lent
+    if plan.device == "cpu":
+        budget = max(lent, min(budget, CPU_CACHE_BYTES, plan.device_bytes // 2))
+    plan = replace(plan, cache_bytes=budget if left >= 0 else 0)
     if plan.num_slots == 0:
         sizes = plan.sizes
         raise UserError(

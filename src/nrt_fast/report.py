@@ -71,10 +71,11 @@ class Report:
         """Say what was read, decided and chosen, and where a resumed run goes on; show one example's boundaries."""
         config, shape, objective = self.config, run.model.config, run.objective
         added = ", added" if run.delimiter.added else ""
+        adapter = f", {run.model.trained.flat.numel():,} of its adapter's" if config.use_peft else ""
         for line in (
             *run.data.lines,
-            f"model: {shape.model_type}, {run.model.weights.flat.numel():,} parameters, {config.dtype} on "
-            f"{config.device}; delimiter {run.delimiter.text} (id {run.delimiter.id}{added})",
+            f"model: {shape.model_type}, {run.model.weights.flat.numel():,} parameters{adapter}, {config.dtype} "
+            f"on {config.device}; delimiter {run.delimiter.text} (id {run.delimiter.id}{added})",
             f"objective: {config.objective} (reward {objective.reward}, baseline {objective.baseline}, clip "
             f"{objective.reward_clip}, advantage {objective.advantage}, trace loss {objective.trace_loss}, "
             f"answer {objective.answer_coef:g} x {objective.answer_weight}, format {objective.format_coef:g})",

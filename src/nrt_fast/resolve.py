@@ -35,6 +35,7 @@ SCALES = {
     "cpu": Scale(256, 128, 128, 16, 8192, 2e-6, 0.1, None, 64, 20, 50),
     "starter": Scale(64, 40, 16, 16, 8192, 3e-4, 15, 150, 1024, 10, 50),
 }
+LORA_FACTOR = 10  # of the learning rate: an adapter's matrices are far smaller than what they change
 NUM_PROGRESS = 128  # held-out items measured every eval_steps; before and after use them all
 
 
@@ -71,7 +72,7 @@ def resolve_steps(config: TrainConfig, scale: Scale, num_examples: int) -> Train
         prompts_per_minibatch=min(config.prompts_per_minibatch or prompts, prompts),
         max_steps=steps,
         max_tokens_per_batch=or_else("max_tokens_per_batch", scale.tokens_per_batch),
-        learning_rate=or_else("learning_rate", scale.learning_rate),
+        learning_rate=or_else("learning_rate", scale.learning_rate * (LORA_FACTOR if config.use_peft else 1)),
         warmup_steps=or_else("warmup_steps", scale.warmup_steps),
         save_steps=or_else("save_steps", scale.save_steps),
         eval_steps=or_else("eval_steps", scale.eval_steps),
@@ -82,8 +83,9 @@ def resolve_output_dir(config: TrainConfig) -> str:
     """``runs/demo`` for the built-in default, ``runs/<model>-<data>-<objective>`` else."""
     if config.output_dir is not None:
         return config.output_dir
+    lora = "-lora" if config.use_peft else ""
     if config.model_name_or_path is None and config.dataset_name is None:
-        return "runs/demo" if config.objective == "nrt-ws" else f"runs/demo-{config.objective}"
+        return "runs/demo" + ("" if config.objective == "nrt-ws" else f"-{config.objective}") + lora
     model = Path(config.model_name_or_path).name if config.model_name_or_path else "starter"
     data = Path(split_names(config.dataset_name)[0]).name.split(".")[0] if config.dataset_name else "tasks"
-    return f"runs/{model}-{data}-{config.objective}"
+    return f"runs/{model}-{data}-{config.objective}{lora}"

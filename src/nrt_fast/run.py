@@ -11,23 +11,35 @@ import torch
 from torch import Tensor
 
 from nrt_fast import checkpoint
+from nrt_fast.arena import Arena
 from nrt_fast.config import EstimateConfig, Objective, TrainConfig
 from nrt_fast.data import Data, Delimiter, Limits, Order, load_data
 from nrt_fast.engine import Engine
 from nrt_fast.model import Model
 from nrt_fast.model.config import ModelConfig
+from nrt_fast.model.lora import Lora
+from nrt_fast.model.peft_folder import check_peft
 from nrt_fast.optim import AdamW
 from nrt_fast.plan import GIB, MemoryPlan, Sizes, plan_training
 from nrt_fast.resolve import Scale, resolve_lengths, resolve_output_dir, resolve_steps
-from nrt_fast.source import choose_device, choose_dtype, choose_scale, device_memory, open_source, read_shape
+from nrt_fast.source import (
+    choose_device,
+    choose_dtype,
+    choose_scale,
+    device_memory,
+    open_source,
+    read_adapter,
+    read_shape,
+)
+from nrt_fast.starter import MODEL_DIR
 from nrt_fast.trackers import find_trackers
 from nrt_fast.types import Example, UserError
 
 EMA_DECAY = 0.999
 # Fields that may change when a run goes on: they do not decide what its steps compute.
 FREE_FIELDS = {
-    "output_dir", "max_steps", "num_train_epochs", "max_tokens_per_batch", "save_steps", "save_total_limit",
-    "logging_steps", "report_to", "resume_from_checkpoint",
+    "output_dir", "max_steps", "num_train_epochs", "max_tokens_per_batch", "recompute", "save_steps",
+    "save_total_limit", "logging_steps", "report_to", "resume_from_checkpoint",
 }  # fmt: skip
 
 
@@ -41,7 +53,7 @@ class WeightAverage:
 
     def __init__(self, model: Model):
         self.model = model.clone()
-        self.flat = self.model.weights.flat.float()
+        self.flat = self.model.trained.flat.float()
 
     def update(self, flat: Tensor) -> None:
         """Take in the weights after an optimiser step."""
@@ -50,7 +62,7 @@ class WeightAverage:
     def load(self, flat: Tensor) -> None:
         """Set the average."""
         self.flat.copy_(flat)
-        self.model.weights.flat.copy_(self.flat)
+        self.model.trained.flat.copy_(self.flat)
 
 
 @dataclass
@@ -60,7 +72,7 @@ class Run:
     Attributes:
         config: without a field left open, but for those that are None by meaning.
         objective: the choices of the method.
-        source: folder of the initial model.
+        source: folder of the tokenizer.
         frozen: initial weights (frozen baseline, KL), or None where nothing reads them.
         ema: averaged weights (ema baseline), or None.
         frozen_logprobs: log b under the frozen weights by uid, each computed once.
@@ -101,13 +113,21 @@ class Run:
         self.model.save_pretrained(folder)
         checkpoint.save_tokenizer(self.tokenizer, self.source, self.delimiter.added, folder)
 
+    @property
+    def _initial(self) -> Tensor | None:
+        """Numbers of the frozen model; None where it is what the adapter stands on, and is never copied."""
+        if self.frozen is None or self.frozen.trained is self.model.weights:
+            return None
+        return self.frozen.trained.flat
+
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds beside the model, by file name."""
         files = {"optimizer": self.optimizer.state()}
+        initial = self._initial
         if self.ema is not None:
             files["ema"] = {"flat": self.ema.flat}
-        if self.frozen is not None:
-            files["frozen"] = {"flat": self.frozen.weights.flat}
+        if initial is not None:
+            files["frozen"] = {"flat": initial}
         if lengths := self.engine.trace_lengths:
             # They order a rollout, and on CUDA a batch's rows are rounded as its order and size have it.
             uids, values = torch.tensor(list(lengths)), torch.tensor(list(lengths.values()), dtype=torch.float64)
@@ -130,8 +150,8 @@ class Run:
         self.optimizer.load_state(tensors["optimizer"])
         if self.ema is not None:
             self.ema.load(tensors["ema"]["flat"])
-        if self.frozen is not None:
-            self.frozen.weights.flat.copy_(tensors["frozen"]["flat"])
+        if self._initial is not None:
+            self._initial.copy_(tensors["frozen"]["flat"])
         self.frozen_logprobs = {int(uid): log_b for uid, log_b in tensors.get("frozen_logprobs", {}).items()}
         lengths = {name: tensor.tolist() for name, tensor in tensors.get("trace_lengths", {}).items()}
         self.engine.trace_lengths = dict(zip(lengths.get("uids", []), lengths.get("lengths", []), strict=True))
@@ -148,8 +168,12 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     """
     config.check()
     find_trackers(config)
+    if config.use_peft:
+        check_peft()
     objective = config.resolved_objective()
     source = open_source(config)
+    config, is_new = resolve_lora(config, source.lora), source.lora is None
+    source = replace(source, lora=source.lora or lora_of(config))
     scale = choose_scale(config, source.device)
     config = resolve_lengths(config, scale, source.shape.max_position_embeddings)
     limits = Limits(
@@ -165,43 +189,87 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
         num_eval_prompts=len(data.heldout),
         num_generations=0 if config.objective == "sft" else config.num_generations,
         max_tokens_per_batch=min(config.max_tokens_per_batch, plan.sizes.batch_tokens),
+        recompute=plan.sizes.recompute,
+        adam_moments_dtype=plan.sizes.moments,
         dtype=source.dtype_name,
         device=str(source.device),
         output_dir=resolve_output_dir(config),
     )
-    engine = source.engine(config, plan.cache_bytes)
+    arena = Arena(plan.cache_bytes, source.device)
+    engine = source.engine(config, plan.cache_bytes, arena)
     model = engine.model
     return Run(
         config=config,
         objective=objective,
-        source=source.folder,
+        source=source.tokenizer_folder,
         tokenizer=source.tokenizer,
         delimiter=source.delimiter,
         data=data,
         order=Order(data.num_per_dataset, config.dataset_weights, config.seed),
         model=model,
         engine=engine,
-        optimizer=_optimizer(model, config),
-        frozen=model.clone() if objective.baseline == "frozen" or objective.beta else None,
+        optimizer=_optimizer(model, config, arena),
+        frozen=_frozen(model, is_new) if objective.baseline == "frozen" or objective.beta else None,
         ema=WeightAverage(model) if objective.baseline == "ema" else None,
     )
+
+
+def resolve_lora(config: TrainConfig, found: Lora | None) -> TrainConfig:
+    """The adapter's fields, from the adapter that the model's folder holds where it is one.
+
+    Raises:
+        UserError: fields that contradict the folder.
+    """
+    name, names = config.model_name_or_path, ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
+    if not config.use_peft:
+        if found is not None:
+            raise UserError(
+                f"model_name_or_path {name} is a LoRA adapter: --use_peft true goes on training it; nrt-fast export "
+                "--merge_lora true makes it a model whose weights can all be trained"
+            )
+        return config
+    if found is None:
+        values = config.lora_r or 16, config.lora_alpha or 32, config.lora_targets, bool(config.use_rslora)
+        return replace(config, **dict(zip(names, values, strict=True)))
+    if given := [field for field in names if getattr(config, field) is not None]:
+        raise UserError(f"{given[0]} cannot take effect: model_name_or_path {name} is an adapter that has its own")
+    values = found.rank, found.alpha, list(found.targets), found.use_rslora
+    return replace(config, **dict(zip(names, values, strict=True)))
+
+
+def lora_of(config: TrainConfig) -> Lora | None:
+    """The adapter that a resolved configuration asks for."""
+    if not config.use_peft:
+        return None
+    targets, base_name = tuple(config.lora_target_modules), config.model_name_or_path or str(MODEL_DIR)
+    return Lora(config.lora_r, config.lora_alpha, targets, config.use_rslora, base_name)
+
+
+def _frozen(model: Model, is_new: bool) -> Model:
+    """The model as it starts; a new adapter changes nothing yet."""
+    return model.without_adapter() if model.adapter is not None and is_new else model.clone()
 
 
 def plan_run(
     config: TrainConfig, scale: Scale, shape: ModelConfig, dtype: torch.dtype, device: torch.device, device_bytes: int
 ) -> MemoryPlan:
     """The memory of a run whose lengths are resolved; UserError where it cannot fit."""
-    objective = config.resolved_objective()
-    ema = objective.baseline == "ema"
+    objective, lora = config.resolved_objective(), lora_of(config)
+    ema, frozen = objective.baseline == "ema", objective.baseline == "frozen" or bool(objective.beta)
     sizes = Sizes(
         config.max_prompt_length,
         config.max_trace_length,
         config.max_answer_length,
         0 if config.objective == "sft" else config.num_generations,
         config.max_tokens_per_batch or scale.tokens_per_batch,
-        num_copies=ema + (objective.baseline == "frozen" or bool(objective.beta)),
+        num_copies=ema + (frozen and lora is None),
         num_fp32_copies=int(ema),
+        recompute=config.recompute,
+        moments=config.adam_moments_dtype,
+        adapter=0 if lora is None else lora.num_parameters(shape),
     )
+    if device.type == "cpu" and sizes.moments not in (None, "float32"):
+        raise UserError(f"adam_moments_dtype {sizes.moments} is for CUDA; on a CPU the moments are fp32")
     name = str(dtype).removeprefix("torch.")
     return plan_training(shape, name, device.type, device_bytes, sizes, shrink=config.max_tokens_per_batch is None)
 
@@ -215,6 +283,7 @@ def estimate(config: EstimateConfig) -> MemoryPlan:
     config.check()
     told = config.device_memory_gib
     device = choose_device(config.device, must_be_here=told is None)
+    config = resolve_lora(config, read_adapter(config.model_name_or_path))
     scale, shape = choose_scale(config, device), read_shape(config.model_name_or_path)
     config = resolve_lengths(config, scale, shape.max_position_embeddings)
     device_bytes = device_memory(device) if told is None else int(told * GIB)
@@ -223,9 +292,9 @@ def estimate(config: EstimateConfig) -> MemoryPlan:
     return plan
 
 
-def _optimizer(model: Model, config: TrainConfig) -> AdamW:
-    weights = model.weights
+def _optimizer(model: Model, config: TrainConfig, arena: Arena) -> AdamW:
+    weights = model.trained
     return AdamW(
         weights.flat, weights.leaves.values(), weights.num_matrix_elements, (config.adam_beta1, config.adam_beta2),
-        config.adam_epsilon, config.weight_decay,
+        config.adam_epsilon, config.weight_decay, getattr(torch, config.adam_moments_dtype), arena,
     )  # fmt: skip

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from nrt_fast.arena import Arena
 from nrt_fast.config import ModelFields, SamplingFields
-from nrt_fast.data import Delimiter, check_vocabulary, choose_delimiter, load_tokenizer
+from nrt_fast.data import Delimiter, check_vocabulary, choose_delimiter, has_tokenizer, load_tokenizer
 from nrt_fast.engine import Engine
 from nrt_fast.model import Model
 from nrt_fast.model.config import ModelConfig
-from nrt_fast.model.model import model_folder, read_config
+from nrt_fast.model.folders import model_folder, read_config
+from nrt_fast.model.lora import Lora
+from nrt_fast.model.peft_folder import base_folder, read_lora
 from nrt_fast.plan import MemoryPlan, Sizes, plan_inference
 from nrt_fast.resolve import SCALES, Scale
 from nrt_fast.starter import MODEL_DIR
@@ -28,11 +31,15 @@ class Source:
     """A model whose weights are not read yet.
 
     Attributes:
-        folder: Hugging Face folder.
+        folder: Hugging Face folder, of a model or of an adapter.
+        tokenizer_folder: the same, or that of the adapter's model.
+        lora: the adapter that is there, or is to be made; None without one.
         shape: with a row for the delimiter, which may have been added to the tokenizer.
     """
 
     folder: Path
+    tokenizer_folder: Path
+    lora: Lora | None
     device: torch.device
     dtype: torch.dtype
     shape: ModelConfig
@@ -44,15 +51,21 @@ class Source:
         """float32 or bfloat16."""
         return str(self.dtype).removeprefix("torch.")
 
-    def engine(self, config: SamplingFields, cache_bytes: int) -> Engine:
-        """Read the weights. A delimiter's new row is that of EOS; the tokenizer's EOS is the first that ends a text."""
+    def engine(self, config: SamplingFields, cache_bytes: int, arena: Arena | None = None) -> Engine:
+        """Read the weights, and draw those of an adapter that is to be made.
+
+        A delimiter's new row is that of EOS; the tokenizer's EOS is the first that ends a text.
+        """
         model = Model.from_pretrained(self.folder, self.dtype, self.device)
         if num_new := self.shape.vocab_size - model.config.vocab_size:
             model = model.grown(num_new, copy_of=self.tokenizer.eos_token_id)
+        if self.lora is not None and model.adapter is None:
+            model = model.with_adapter(self.lora)
+            model.adapter.reset(config.seed)
         eos_ids = tuple(dict.fromkeys([self.tokenizer.eos_token_id, *model.eos_ids]))
         return Engine(
             model, delimiter_id=self.delimiter.id, eos_id=eos_ids, max_cache_bytes=cache_bytes,
-            max_repeated=config.max_repeated_tokens or 0,
+            max_repeated=config.max_repeated_tokens or 0, arena=arena,
         )  # fmt: skip
 
     def plan(self, config: SamplingFields) -> MemoryPlan:
@@ -71,18 +84,24 @@ def open_source(config: ModelFields) -> Source:
     """
     device = choose_device(config.device)
     folder = MODEL_DIR if config.model_name_or_path is None else model_folder(config.model_name_or_path)
-    shape = ModelConfig.from_hf(read_config(folder))
-    tokenizer = load_tokenizer(str(folder))
+    lora = read_lora(folder)
+    base = folder if lora is None else base_folder(folder, lora)
+    shape = ModelConfig.from_hf(read_config(base))
+    tokenizer_folder = folder if has_tokenizer(folder) else base
+    tokenizer = load_tokenizer(str(tokenizer_folder))
     check_vocabulary(tokenizer, shape.vocab_size)
-    delimiter = choose_delimiter(tokenizer, config.delimiter)
+    delimiter = choose_delimiter(tokenizer, config.delimiter, may_add=not getattr(config, "use_peft", False))
     shape = shape.grown(max(0, delimiter.id + 1 - shape.vocab_size))
-    return Source(folder, device, choose_dtype(config.dtype, device), shape, tokenizer, delimiter)
+    dtype = choose_dtype(config.dtype, device)
+    return Source(folder, tokenizer_folder, lora, device, dtype, shape, tokenizer, delimiter)
 
 
 def read_shape(name: str | None) -> ModelConfig:
     """A model's shape from its config.json alone, which is all that is downloaded of a hub id."""
     if name is None or Path(name).expanduser().exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return ModelConfig.from_hf(read_config(MODEL_DIR if name is None else model_folder(name)))
+        folder = MODEL_DIR if name is None else model_folder(name)
+        lora = read_lora(folder)
+        return ModelConfig.from_hf(read_config(folder if lora is None else base_folder(folder, lora)))
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -91,6 +110,11 @@ def read_shape(name: str | None) -> ModelConfig:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model {name}: neither a folder here nor a hub id that can be reached ({reason})") from None
+
+
+def read_adapter(name: str | None) -> Lora | None:
+    """The adapter that a folder here holds; None where it holds none."""
+    return None if name is None else read_lora(Path(name).expanduser())
 
 
 def choose_scale(config, device: torch.device) -> Scale:

@@ -75,7 +75,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class LossTokens:
-    """Every loss token of one optimiser step, trace after trace: z, the delimiter, y*. Fixed before micro-batching.
+    """Every loss token of one optimiser step, trace after trace: z, the delimiter, y* if it has a loss. Fixed before
+    micro-batching.
 
     A trace's inputs are its targets without the last one, so the same ids serve as both.
 
@@ -108,10 +109,11 @@ class LossTokens:
 
 @dataclass(frozen=True)
 class BatchTokens:
-    """A packed batch's part of the arrays of LossTokens, on the device; A counts its own loss tokens here.
+    """A packed batch's part of the arrays of LossTokens, on the device; A counts its own loss tokens here, and only
+    those that some term of the loss reads.
 
     Attributes:
-        targets_A, inv_temperature_A, weight_A, old_logprobs_A, kind_A, counted_A: as in LossTokens.
+        targets_A, inv_temperature_A, weight_A, old_logprobs_A, kind_A: as in LossTokens.
     """
 
     targets_A: Tensor
@@ -119,7 +121,6 @@ class BatchTokens:
     weight_A: Tensor
     old_logprobs_A: Tensor
     kind_A: Tensor
-    counted_A: Tensor
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 END_OF_THINKING = "</think>"
 RESERVED = re.compile(r"(<\|?|\[)(reserved|reserved_special_token|unused|control|special)_?\d+(\|?>|\])", re.I)
 """Llama 3's <|reserved_special_token_0|>, Mistral's [control_8] and <SPECIAL_20>, Gemma's <unused0>, ..."""
+PLAIN = ("###", "---", "***", "===", "=>", "##", "~", "#")
+"""Rare enough in text to end a trace."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -42,7 +44,7 @@ def load_tokenizer(model_name_or_path: str) -> "PreTrainedTokenizerBase":
 
     folder = Path(model_name_or_path).expanduser()
     if folder.is_dir():
-        if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        if not has_tokenizer(folder):
             raise UserError(f"{model_name_or_path}: no tokenizer in this folder; a tokenizer.json is looked for")
         model_name_or_path = str(folder)
     try:
@@ -52,6 +54,11 @@ def load_tokenizer(model_name_or_path: str) -> "PreTrainedTokenizerBase":
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model_name_or_path}: the tokenizer has no eos_token, which closes every answer")
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
@@ -68,19 +75,27 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> N
         )
 
 
-def choose_delimiter(tokenizer: "PreTrainedTokenizerBase", delimiter: str | None = None) -> Delimiter:
+def choose_delimiter(
+    tokenizer: "PreTrainedTokenizerBase", delimiter: str | None = None, may_add: bool = True
+) -> Delimiter:
     """Choose the token that ends a trace: the named one, else </think>, else a reserved token, else a new </think>.
 
     A new token is added to the tokenizer in place.
 
     Raises:
-        UserError: the named delimiter is not exactly one token, or it is BOS, EOS or the unknown token.
+        UserError: the named delimiter is not exactly one token, or it is BOS, EOS or the unknown token; or a new one
+            would be needed and may not be added.
     """
     if delimiter is not None:
         return Delimiter(_single_id(tokenizer, delimiter), delimiter, added=False)
     for text in (END_OF_THINKING, *reserved_tokens(tokenizer)):
         if text in tokenizer.get_vocab():
             return Delimiter(tokenizer.convert_tokens_to_ids(text), text, added=False)
+    if not may_add:
+        raise UserError(
+            "the tokenizer reserves no token that could end a trace, and LoRA cannot train a new one's row; valid: "
+            f"--delimiter with a token of the vocabulary, for example {_examples(tokenizer)}, or --use_peft false"
+        )
     tokenizer.add_tokens([END_OF_THINKING], special_tokens=True)
     return Delimiter(tokenizer.convert_tokens_to_ids(END_OF_THINKING), END_OF_THINKING, added=True)
 
@@ -110,4 +125,6 @@ def _examples(tokenizer: "PreTrainedTokenizerBase") -> str:
     taken = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
     special = [token for token in tokenizer.get_added_vocab() if token not in taken]
     known = [END_OF_THINKING] if END_OF_THINKING in tokenizer.get_vocab() else []
-    return " ".join(list(dict.fromkeys([*known, *reserved_tokens(tokenizer), *special]))[:4]) or "(none reserved here)"
+    reserved = list(dict.fromkeys([*known, *reserved_tokens(tokenizer), *special]))[:4]
+    plain = [text for text in PLAIN if text in tokenizer.get_vocab()]
+    return " ".join(reserved or plain[:4]) or "(none reserved here)"

@@ -9,31 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nrt_fast import ops
 from nrt_fast.model.attend import PackedAttention
 from nrt_fast.model.config import ModelConfig
-from nrt_fast.model.weights import EMBED, FINAL_NORM, HEAD, OwnedWeights, SharedWeights
+from nrt_fast.model.linear import Linear, LoraLinear
+from nrt_fast.model.lora import Adapter
+from nrt_fast.model.recompute import recomputed
+from nrt_fast.model.weights import EMBED, FINAL_NORM, HEAD, FrozenWeights, OwnedWeights, SharedWeights
 from nrt_fast.types import PackedBatch
 
 # (layer, q_THE, k_TKE, v_TKE, cos_TF, sin_TF) -> [T, H, E]; queries and keys come before their rotation
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A projection stored as one fused weight or as several; biases match, or there are none."""
-
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        biases = self.biases or (None,) * len(self.weights)
-        outputs = [F.linear(x, weight, bias) for weight, bias in zip(self.weights, biases, strict=True)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -56,11 +45,15 @@ class Decoder:
     Attributes:
         config: the model's shape.
         weights: where the parameters live.
+        adapter: what is added to the projections, or None; the weights are constants then.
     """
 
-    def __init__(self, config: ModelConfig, weights: OwnedWeights | SharedWeights):
+    def __init__(
+        self, config: ModelConfig, weights: OwnedWeights | FrozenWeights | SharedWeights, adapter: Adapter | None = None
+    ):
         self.config = config
         self.weights = weights
+        self.adapter = adapter
         (self.embed,) = weights.group(EMBED)
         (self.head,) = (self.embed,) if config.tie_word_embeddings else weights.group(HEAD)
         (self.final_norm,) = weights.group(FINAL_NORM)
@@ -68,11 +61,10 @@ class Decoder:
         self.inv_freq = config.inv_freq.to(self.embed.device)
 
     def _layer(self, prefix: str) -> Layer:
-        def linear(*names: str) -> Linear:
-            group = self.weights.group
-            return Linear(
-                group(*(f"{prefix}{name}.weight" for name in names)), group(*(f"{prefix}{name}.bias" for name in names))
-            )
+        def linear(*names: str) -> Linear | LoraLinear:
+            names, group = [prefix + name for name in names], self.weights.group
+            base = Linear(group(*(f"{name}.weight" for name in names)), group(*(f"{name}.bias" for name in names)))
+            return base if self.adapter is None else self.adapter.adapted(base, names)
 
         def norm(name: str) -> Tensor | None:
             return next(iter(self.weights.group(f"{prefix}{name}.weight")), None)
@@ -88,23 +80,49 @@ class Decoder:
             down=linear("mlp.down_proj"),
         )
 
-    def packed(self, batch: PackedBatch) -> Tensor:
-        """Training forward with autograd over packed groups: [T, D] final hidden states, normed."""
-        return self.forward(batch.tokens_T, batch.positions_T, PackedAttention(self.config, batch), self.layers)
+    def packed(self, batch: PackedBatch, recompute: str = "none") -> Tensor:
+        """Training forward with autograd over packed groups: [T, D] final hidden states, normed.
+
+        Args:
+            recompute: "none", or what else autograd keeps less of; see ``recomputed``. The result is the same.
+        """
+        attend = PackedAttention(self.config, batch)
+        if recompute == "none":
+            return self.forward(batch.tokens_T, batch.positions_T, attend, self.layers)
+        x, cos, sin = self._embedded(batch.tokens_T, batch.positions_T)
+        for index, layer in enumerate(self.layers):
+            x = recomputed(recompute, self._from_residual, index, layer, x, cos, sin, attend)
+        return self._norm(x, self.final_norm)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, layers: list[Layer]) -> Tensor:
         """All layers on flat tokens, with these parameters and this attention: [T, D] final hidden states, normed."""
-        x = F.embedding(tokens_T, self.embed)
-        angles_TF = positions_T[:, None] * self.inv_freq
-        cos, sin = ((f * self.config.rope_scale).to(x.dtype) for f in (angles_TF.cos(), angles_TF.sin()))
+        x, cos, sin = self._embedded(tokens_T, positions_T)
         next_norms = [layer.input_norm for layer in layers[1:]] + [self.final_norm]
         normed = self._norm(x, layers[0].input_norm)
         for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
-            attended = self._attention(index, layer, normed, cos, sin, attend)
-            normed, x = ops.add_rms_norm(attended, x, layer.post_norm, self.config.rms_norm_eps)
-            inner = ops.swiglu(layer.gate_up(normed).unflatten(-1, (2, -1)))
-            normed, x = ops.add_rms_norm(layer.down(inner), x, next_norm, self.config.rms_norm_eps)
+            change, x = self._block(index, layer, normed, x, cos, sin, attend)
+            normed, x = ops.add_rms_norm(change, x, next_norm, self.config.rms_norm_eps)
         return normed
+
+    def _embedded(self, tokens_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings; cosines and sines of the positions."""
+        x = F.embedding(tokens_T, self.embed)
+        angles_TF = positions_T[:, None] * self.inv_freq
+        cos, sin = ((f * self.config.rope_scale).to(x.dtype) for f in (angles_TF.cos(), angles_TF.sin()))
+        return x, cos, sin
+
+    def _block(
+        self, index: int, layer: Layer, normed: Tensor, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """A layer between its two ends: what it adds last to the residual stream, and the stream before that."""
+        attended = self._attention(index, layer, normed, cos, sin, attend)
+        normed, x = ops.add_rms_norm(attended, x, layer.post_norm, self.config.rms_norm_eps)
+        return layer.down(ops.swiglu(layer.gate_up(normed).unflatten(-1, (2, -1)))), x
+
+    def _from_residual(self, index: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """A layer as a function of the residual stream alone, the least that can be kept of it."""
+        change, x = self._block(index, layer, self._norm(x, layer.input_norm), x, cos, sin, attend)
+        return x + change
 
     def _attention(self, index: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim

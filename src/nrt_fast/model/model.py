@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from nrt_fast.kv_cache import NO_PREFIX, Sequence
-from nrt_fast.model.config import ARCHITECTURES, ModelConfig, check_model_type
+from nrt_fast.model.config import ARCHITECTURES, ModelConfig
 from nrt_fast.model.decoder import Decoder
+from nrt_fast.model.folders import model_folder, read_config
 from nrt_fast.model.inference import Inference
-from nrt_fast.model.weights import EMBED, HEAD, OwnedWeights, SharedWeights, load_tensors
-from nrt_fast.types import UserError
+from nrt_fast.model.lora import Adapter, Lora
+from nrt_fast.model.peft_folder import base_folder, load_adapter, read_lora, save_adapter
+from nrt_fast.model.weights import EMBED, HEAD, FrozenWeights, OwnedWeights, SharedWeights, load_tensors
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -25,11 +27,15 @@ class Model(Decoder):
 
     Attributes:
         hf_config: the ``transformers`` config, saved again with the weights.
+        source: folder of the weights, without the adapter.
         eos_ids: ids that end a text, from the config and the generation config.
     """
 
-    def __init__(self, hf_config, weights: OwnedWeights | SharedWeights, source: Path | None = None):
-        super().__init__(ModelConfig.from_hf(hf_config), weights)
+    def __init__(
+        self, hf_config, weights: OwnedWeights | FrozenWeights | SharedWeights, source: Path | None = None,
+        adapter: Adapter | None = None,
+    ):  # fmt: skip
+        super().__init__(ModelConfig.from_hf(hf_config), weights, adapter)
         self.hf_config = hf_config
         self.source = source
         self.eos_ids = _eos_ids(hf_config, source)
@@ -39,24 +45,46 @@ class Model(Decoder):
         """Load a Hugging Face folder (safetensors, sharded or not) or hub id into storage of our own.
 
         Args:
-            path: folder, or hub id, which is downloaded.
+            path: folder, or hub id, which is downloaded; of a model, or of a PEFT adapter, whose model is loaded too.
             dtype: float32 or bfloat16, by name or as a torch dtype.
             device: cpu, cuda or cuda:N.
 
         Raises:
             UserError: unknown model type, missing or misshapen tensor, NaN or Inf in the weights.
         """
-        folder = model_folder(path)
+        given = model_folder(path)
+        lora = read_lora(given)
+        folder = given if lora is None else base_folder(given, lora)
         hf_config = read_config(folder)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         model = cls(hf_config, OwnedWeights(ModelConfig.from_hf(hf_config), dtype, torch.device(device)), folder)
         model.load(folder)
+        if lora is not None:
+            model = model.with_adapter(lora)
+            model.load(given)
         return model
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Copy the weights of a Hugging Face folder into place; see from_pretrained for what it raises."""
-        load_tensors(self.weights, folder)
+        """Copy what is trained from its folder into place; see from_pretrained for what it raises."""
+        if self.adapter is None:
+            load_tensors(self.weights, folder)
+        else:
+            load_adapter(self.adapter, folder)
+
+    @property
+    def trained(self) -> OwnedWeights | Adapter:
+        """What an optimizer changes: all weights, or the adapter alone."""
+        return self.weights if self.adapter is None else self.adapter
+
+    def with_adapter(self, lora: Lora) -> Model:
+        """The same weights as constants, under a new adapter of zeros. Owned weights only."""
+        adapter = Adapter(lora, self.config, self.weights.flat.dtype, self.weights.flat.device)
+        return Model(self.hf_config, FrozenWeights(self.weights), self.source, adapter)
+
+    def without_adapter(self) -> Model:
+        """The same weights without what the adapter adds."""
+        return Model(self.hf_config, self.weights, self.source)
 
     @classmethod
     def from_hf(cls, module: torch.nn.Module) -> Model:
@@ -64,7 +92,9 @@ class Model(Decoder):
         return cls(module.config, SharedWeights(module))
 
     def clone(self) -> Model:
-        """The same model on a copy of the weights. Owned weights only."""
+        """The same model on a copy of what is trained. Owned weights only."""
+        if self.adapter is not None:
+            return Model(self.hf_config, self.weights, self.source, self.adapter.clone())
         weights = OwnedWeights(self.config, self.weights.flat.dtype, self.weights.flat.device)
         weights.flat.copy_(self.weights.flat)
         return Model(self.hf_config, weights, self.source)
@@ -80,6 +110,8 @@ class Model(Decoder):
             new[: old.shape[0]] = old
             if name in (EMBED, HEAD):
                 new[old.shape[0] :] = old[copy_of]
+        if self.adapter is not None:
+            return Model(hf_config, FrozenWeights(weights), self.source, self.adapter)
         return Model(hf_config, weights, self.source)
 
     @torch.no_grad()
@@ -92,9 +124,12 @@ class Model(Decoder):
         return passes.logits(passes.extend(cache, [(NO_PREFIX, [sequence])], [ids]))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config, generation config and safetensors (sharded over 5 GB) that transformers loads."""
-        from huggingface_hub import save_torch_state_dict
+        """Write config, generation config and safetensors (sharded over 5 GB) that transformers loads.
 
+        With an adapter: its adapter_config.json and adapter_model.safetensors, which peft loads, and nothing else.
+        """
+        if self.adapter is not None:
+            return save_adapter(self.adapter, Path(path))
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         if self.source is not None and self.source != folder:
@@ -106,39 +141,14 @@ class Model(Decoder):
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights.tensors.items()}
         if self.config.tie_word_embeddings:
             tensors.pop(HEAD, None)
-        save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
+        save_tensors(tensors, folder)
 
 
-def model_folder(path: str | Path) -> Path:
-    """A local folder as it is; a hub id downloaded (configuration, tokenizer and safetensors files only)."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise UserError(f"model {path}: no such folder; valid: a Hugging Face folder or a hub id owner/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write CPU tensors as safetensors, sharded over 5 GB."""
+    from huggingface_hub import save_torch_state_dict
 
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model {path}: neither a folder here nor a hub id that can be reached ({reason})") from None
-
-
-def read_config(folder: Path):
-    """The folder's ``transformers`` config; UserError where there is none or its model type is not ours."""
-    from transformers import AutoConfig
-
-    path = folder / "config.json"
-    try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json; a Hugging Face model folder is needed") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    check_model_type(model_type, f"{path}: ")
-    return AutoConfig.from_pretrained(folder)
+    save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
 
 
 def _eos_ids(hf_config, source: Path | None) -> tuple[int, ...]:

@@ -74,13 +74,30 @@ class OwnedWeights:
 
     def group(self, *names: str) -> tuple[Tensor, ...]:
         """One leaf over the named neighbours, or nothing where the model has no such parameter."""
-        if names[0] not in self.tensors:
-            return ()
-        first = self.tensors[names[0]]
-        start, rows = first.storage_offset(), sum(self.tensors[name].shape[0] for name in names)
-        shape = (rows, *first.shape[1:])
-        self.leaves[names[0]] = self.flat[start : start + prod(shape)].view(shape).requires_grad_()
-        return (self.leaves[names[0]],)
+        fused = _fused(self.flat, self.tensors, names)
+        for tensor in fused:
+            self.leaves[names[0]] = tensor.requires_grad_()
+        return fused
+
+
+class FrozenWeights:
+    """The same storage as constants, without autograd leaves: what an adapter stands on."""
+
+    def __init__(self, weights: OwnedWeights | FrozenWeights):
+        self.flat, self.tensors = weights.flat, weights.tensors
+
+    def group(self, *names: str) -> tuple[Tensor, ...]:
+        """One tensor over the named neighbours, or nothing where the model has no such parameter."""
+        return _fused(self.flat, self.tensors, names)
+
+
+def _fused(flat: Tensor, tensors: dict[str, Tensor], names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    if names[0] not in tensors:
+        return ()
+    first = tensors[names[0]]
+    start, rows = first.storage_offset(), sum(tensors[name].shape[0] for name in names)
+    shape = (rows, *first.shape[1:])
+    return (flat[start : start + prod(shape)].view(shape),)
 
 
 class SharedWeights:
@@ -97,12 +114,17 @@ class SharedWeights:
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, CPU tensor) of every tensor of a folder's safetensors file or shards; UserError names what is broken."""
     for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118, not a dict
-                    yield name, shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+        yield from read_file(path)
+
+
+def read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, CPU tensor) of every tensor of a safetensors file; UserError where it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, not a dict
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from nrt_fast.packed_attention.layout import PackedLayout
 
 HALF = (torch.float16, torch.bfloat16)
-LADDER = {"cpu": ("plain",), "cuda": ("varlen", "xformers", "flex", "plain")}
-DTYPES = {"varlen": HALF, "xformers": HALF}  # any, where not listed
+LADDER = {"cpu": ("native", "plain"), "cuda": ("varlen", "xformers", "flex", "plain")}
+DTYPES = {"native": (torch.float32, torch.bfloat16), "varlen": HALF, "xformers": HALF}  # any, where not listed
 
 logger = logging.getLogger(__name__)
 _forced: str | None = None

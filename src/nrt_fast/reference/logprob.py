@@ -96,7 +96,7 @@ def linear_logprob_loss(
     policy_N: Tensor,
     old_logprob_N: Tensor | None,
     reference_logprob_N: Tensor | None,
-    grad_weight_VD: Tensor,
+    grad_weight_VD: Tensor | None,
     trace_loss: str,
     low: float,
     high: float,
@@ -117,7 +117,7 @@ def linear_logprob_loss(
         policy_N: [N] bool.
         old_logprob_N: [N] fp32, or None: the ratio is 1 by definition.
         reference_logprob_N: [N] fp32, or None: no KL term.
-        grad_weight_VD: [V, D] fp32, added to in place.
+        grad_weight_VD: [V, D] fp32, added to in place; None: the head is constant, and its product is saved.
         trace_loss: cispo, ppo or reinforce, as in ``reference.loss``.
         low, high: clip range of the ratio.
         beta, entropy_coef: factors of the KL term and of the entropy bonus.
@@ -142,7 +142,8 @@ def linear_logprob_loss(
             grad *= inv_temperature_N[rows, None]
         grad = torch.where((slope == 0)[:, None] & (entropy_slope == 0), 0.0, scale * grad)
         grad_hidden_ND[rows] = (grad @ weight_VD).to(hidden_ND.dtype)
-        grad_weight_VD += grad.T @ hidden
+        if grad_weight_VD is not None:
+            grad_weight_VD += grad.T @ hidden
         parts.append((loss, logprob, entropy))
     loss_N, logprob_N, entropy_N = (torch.cat(part) for part in zip(*parts, strict=True))
     return scale * loss_N.sum(), logprob_N, entropy_N, grad_hidden_ND

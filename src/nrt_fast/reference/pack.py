@@ -91,20 +91,20 @@ def pack_index(
 
 def pack_gather(
     prompt_ids_U: Tensor, targets_A: Tensor, inv_temperature_A: Tensor, weight_A: Tensor, old_logprobs_A: Tensor,
-    kind_A: Tensor, counted_A: Tensor, source_T: Tensor, rows_B: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kind_A: Tensor, source_T: Tensor, rows_B: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What a packed batch takes from the step's arrays, on any device: ``pack_index`` says from where.
 
     Args:
         prompt_ids_U: [U] int64, the step's prompts.
-        targets_A, inv_temperature_A, weight_A, old_logprobs_A, kind_A, counted_A: of the step's loss tokens; int64,
-            fp32, fp32, fp32, int8, bool.
+        targets_A, inv_temperature_A, weight_A, old_logprobs_A, kind_A: of the step's loss tokens; int64, fp32, fp32,
+            fp32, int8.
         source_T: [T] int64 into ``cat(prompt_ids, targets)``.
         rows_B: [B] int64 into the loss tokens.
 
     Returns:
         tokens_T: [T] int64 input ids; and of the batch's loss tokens targets_B, inv_temperature_B, weight_B,
-        old_logprobs_B, kind_B, counted_B.
+        old_logprobs_B, kind_B.
 
     Raises:
         ValueError: on the host, an index out of range; on a GPU the device traps.
@@ -112,7 +112,7 @@ def pack_gather(
     if source_T.device.type == "cpu":
         _check_range("source_T", source_T, len(prompt_ids_U) + len(targets_A))
         _check_range("rows_B", rows_B, len(targets_A))
-    per_token = (targets_A, inv_temperature_A, weight_A, old_logprobs_A, kind_A, counted_A)
+    per_token = (targets_A, inv_temperature_A, weight_A, old_logprobs_A, kind_A)
     return torch.cat([prompt_ids_U, targets_A])[source_T], *(values_A[rows_B] for values_A in per_token)
 
 

@@ -1,0 +1,41 @@
+"""Hugging Face folders: where they are, and the configuration in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nrt_fast.model.config import check_model_type
+from nrt_fast.types import UserError
+
+
+def model_folder(path: str | Path) -> Path:
+    """A local folder as it is; a hub id downloaded (configuration, tokenizer and safetensors files only)."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise UserError(f"model {path}: no such folder; valid: a Hugging Face folder or a hub id owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model {path}: neither a folder here nor a hub id that can be reached ({reason})") from None
+
+
+def read_config(folder: Path):
+    """The folder's ``transformers`` config; UserError where there is none or its model type is not ours."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        model_type = json.loads(path.read_text()).get("model_type")
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no config.json; a Hugging Face model folder is needed") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    check_model_type(model_type, f"{path}: ")
+    return AutoConfig.from_pretrained(folder)
