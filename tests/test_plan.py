@@ -238,7 +238,8 @@ def test_weights_that_do_not_fit():
 
 def test_a_micro_batch_that_does_not_fit_names_one_that_does():
     sizes = replace(SHORT, recompute="none")
-    with pytest.raises(UserError, match=r"activations 1\d\d\.\d+ .* max_tokens_per_batch of at most [\d,]+ fits") as error:
+    told = r"activations 1\d\d\.\d+ .* max_tokens_per_batch of at most [\d,]+ fits"
+    with pytest.raises(UserError, match=told) as error:
         plan_training(LLAMA_8B, "bfloat16", "cuda", 139 * GIB, sizes)
     most = int(str(error.value).split("at most ")[1].split(" ")[0].replace(",", ""))
     assert plan_training(LLAMA_8B, "bfloat16", "cuda", 139 * GIB, replace(sizes, batch_tokens=most)).num_slots >= 8
