@@ -496,7 +496,7 @@ def pack(suite: Suite) -> None:
     kind = suite.randint(3, A).to(torch.int8)
     arrays = [
         suite.randint(1000, int(cu_prompts[-1])), suite.randint(1000, A), *suite.randn(3, A, dtype=torch.float32), kind,
-        kind == 0, index[0].to(suite.device), index[4].to(suite.device),
+        index[0].to(suite.device), index[4].to(suite.device),
     ]  # fmt: skip
     plain = functools.partial(reference_of("pack_gather"), *arrays)
     for position, (ours, true) in enumerate(zip(ops.pack_gather(*arrays), plain(), strict=True)):

@@ -307,7 +307,9 @@ def backward_bytes(shape: ModelConfig, dtype: str, device: str, num_tokens: int,
     """The loss, or one layer on the way back, which is the larger: its widest gradients, and what it recomputes."""
     recomputed = _layer_bytes(shape, dtype, device, sizes, "none")
     recomputed -= _layer_bytes(shape, dtype, device, sizes, sizes.recompute or "none")
-    gradients = DTYPE_BYTES[dtype] * 2 * (shape.hidden_size + shape.intermediate_size)
+    # Beside an adapter the inner product's gradient has two parts, which autograd adds up.
+    num_inner = 3 if sizes.adapter else 2
+    gradients = DTYPE_BYTES[dtype] * (2 * shape.hidden_size + num_inner * shape.intermediate_size)
     loss = loss_bytes(shape, dtype, device, num_tokens, head_is_constant=bool(sizes.adapter))
     return max(loss, num_tokens * (recomputed + gradients))
 
