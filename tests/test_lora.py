@@ -374,7 +374,7 @@ def test_the_plan_has_an_optimizer_for_the_adapter_alone():
     # a layer has 4 projections of 128 x 128 and 3 of 128 x 256
     num_parameters = 4 * 16 * (4 * 256 + 3 * 384)
     assert lora["gradients"] == 4 * num_parameters and lora["optimizer"] <= 10 * num_parameters
-    assert lora["weights"] == full["weights"] and lora["backward"] <= full["backward"]
+    assert lora["weights"] == full["weights"]
     shape = read_shape(None)
     full, lora = (loss_bytes(shape, "bfloat16", "cuda", 100, head_is_constant) for head_is_constant in (False, True))
     assert full - lora >= 4 * shape.vocab_size * shape.hidden_size
