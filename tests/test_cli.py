@@ -1,9 +1,9 @@
 """The command line: what it accepts, what it says, how fast it says it, and the checks of a configuration."""
 
 import re
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -276,11 +276,17 @@ def run_cli(*argv):
 
 @pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in cli.COMMANDS), ["--version"]])
 def test_help_is_quick(argv):
+    """Seconds of processor time, which other programs on the machine do not add to."""
+
+    def spent():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = spent()
         run_cli(*argv)
-        times.append(time.perf_counter() - start)
+        times.append(spent() - start)
     assert min(times) < 0.3
 
 
