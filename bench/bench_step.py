@@ -1,7 +1,8 @@
 """A whole step, rollout + score + train, beside TRL's GRPOTrainer with a reward that forwards the answer again.
 
 Both have the same model, the same prompts and answers, 8 prompts x 8 traces, AdamW, and traces of the same lengths: 64
-tokens each, or ended by an EOS of probability 1/64 a token, at most 256. Ours trains the answers as well.
+tokens each, or ended by an EOS of probability 1/64 a token, at most 256: ours samples it, TRL's traces get their EOS
+where ours did. Ours trains the answers as well.
 
     pip install nrt-fast[bench]; python bench/bench_step.py [--shapes 256-6-4096] [--lengths equal] [--rounds 3]
 
@@ -16,32 +17,28 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from engine_peers import DELIMITER, EOS, NEW, PROMPT, SHAPES, G, P, make_ids, make_module, small_llama
 from torch import Tensor
-from train_peers import ANSWER, LONGEST, MEAN, owned
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from train_peers import ANSWER, LONGEST, LR, MAX_GRAD_NORM, MEAN, owned, whole_step
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from nrt_fast import Engine
-from nrt_fast.config import PRESETS
 from nrt_fast.metrics import Timer
 from nrt_fast.optim import AdamW
-from nrt_fast.pack import loss_tokens, pack
-from nrt_fast.rewards import reward
-from nrt_fast.train_step import train_step
 from nrt_fast.types import Example
 
-LR, BETAS, MAX_GRAD_NORM = 1e-6, (0.9, 0.95), 1.0
-# Every group has a signal, as TRL trains them all.
-OBJECTIVE = replace(PRESETS["nrt-ws"], std_floor=0.0, reward_clip="none")
+Step = dict[str, Any]  # seconds of each phase, and the traces' lengths
+BETAS = (0.9, 0.95)
 TRL_ROWS = 8  # of a micro-batch; 64 at once are slower on a CPU
 PHASES = ("rollout", "score", "train")
 
 
-def our_steps(module: LlamaForCausalLM, examples: list[Example], longest: int, rounds: int) -> list[dict[str, float]]:
-    """Seconds of each phase, step by step, with the mean length of the traces."""
+def our_steps(module: LlamaForCausalLM, examples: list[Example], longest: int, rounds: int) -> list[Step]:
+    """Steps of the engine."""
     model = owned(module)
     engine = Engine(model, delimiter_id=DELIMITER, eos_id=EOS)
     weights = model.weights
@@ -49,26 +46,31 @@ def our_steps(module: LlamaForCausalLM, examples: list[Example], longest: int, r
     return [_our_step(engine, optimizer, examples, longest, step) for step in range(rounds)]
 
 
-def _our_step(engine: Engine, optimizer: AdamW, examples: list[Example], longest: int, step: int) -> dict[str, float]:
+def _our_step(engine: Engine, optimizer: AdamW, examples: list[Example], longest: int, step: int) -> Step:
     timer = Timer()
-    prompts, answers, uids = zip(*((e.prompt_ids, e.answer_ids, e.uid) for e in examples), strict=True)
-    thoughts = engine.think(
-        list(prompts), list(answers), list(uids), num_generations=G, max_trace_length=longest, temperature=1.0, seed=0,
-        step=step, timed=timer,
-    )  # fmt: skip
-    with timer("score"):
-        rewards = reward(thoughts.scores, thoughts.traces, OBJECTIVE, 0.0, [""] * P)
-    with timer("train"):
-        tokens = loss_tokens(
-            examples, thoughts.traces, thoughts.scores.logprobs, rewards.advantage, rewards.signal,
-            rewards.answer_weights, OBJECTIVE, DELIMITER, 1.0, longest + ANSWER,
-        )  # fmt: skip
-        assert all(rewards.signal), "a group without a signal would be less work than TRL's"
-        optimizer.zero_grad()
-        batches = pack(tokens, 8192, engine.model.embed.device)
-        train_step(engine.model, optimizer, tokens, batches, OBJECTIVE, LR, MAX_GRAD_NORM, True, None)
-    lengths = [len(ids) for group in thoughts.traces.trace_ids for ids in group]
-    return timer.take() | {"length": statistics.fmean(lengths)}
+    lengths = whole_step(
+        engine, optimizer, examples, step, num_generations=G, longest=longest, batch_tokens=8192, timer=timer
+    )
+    return timer.take() | {"lengths": lengths}
+
+
+class EndAt:
+    """A logits processor: rows of the n-th batch get EOS as their last of ``lengths[n]`` tokens, the longest none."""
+
+    def __init__(self, lengths: list[list[int]], longest: int):
+        self.lengths, self.longest, self.width = iter(lengths), longest, sys.maxsize
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] <= self.width:  # a new batch
+            self.prompt, self.ends = ids.shape[1], torch.tensor(next(self.lengths))
+        self.width = ids.shape[1]
+        length = self.width - self.prompt + 1
+        scores[:, EOS] = -torch.inf
+        if length < self.longest:
+            last = (self.ends == length).nonzero()[:, 0]
+            scores[last] = -torch.inf
+            scores[last, EOS] = 0
+        return scores
 
 
 class StepTimes(TrainerCallback):
@@ -78,15 +80,15 @@ class StepTimes(TrainerCallback):
         self.steps, self.phases = [], {}
 
     def on_step_begin(self, *args, **kwargs):
-        self.phases, self.started = dict.fromkeys(("rollout", "score", "length"), 0.0), time.perf_counter()
+        self.phases, self.started = dict.fromkeys(("rollout", "score"), 0.0), time.perf_counter()
 
     def on_step_end(self, *args, **kwargs):
         known = self.phases["rollout"] + self.phases["score"]
         self.steps.append(self.phases | {"train": time.perf_counter() - self.started - known})
 
 
-def trl_steps(module: LlamaForCausalLM, examples: list[Example], longest: int, rounds: int) -> list[dict[str, float]]:
-    """The same of TRL, whose words are the ids' names."""
+def trl_steps(module: LlamaForCausalLM, examples: list[Example], longest: int, lengths: list[list[int]]) -> list[Step]:
+    """The same of TRL, whose words are the ids' names, a step for each list of lengths."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -103,23 +105,25 @@ def trl_steps(module: LlamaForCausalLM, examples: list[Example], longest: int, r
             float(score) for n in range(0, len(sequences), G) for score in _mean_logprobs(module, sequences[n : n + G])
         ]
         times.phases["score"] += time.perf_counter() - started
-        times.phases["length"] = statistics.fmean(map(len, completion_ids))
+        times.phases["lengths"] = list(map(len, completion_ids))
         return scores
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder, use_cpu=True, bf16=False, fp16=False, learning_rate=LR, lr_scheduler_type="constant",
-            adam_beta1=BETAS[0], adam_beta2=BETAS[1], weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM, max_steps=rounds,
+            adam_beta1=BETAS[0], adam_beta2=BETAS[1], weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM,
             per_device_train_batch_size=TRL_ROWS, gradient_accumulation_steps=P * G // TRL_ROWS, num_generations=G,
-            max_completion_length=longest, temperature=1.0, top_k=0, top_p=1.0, beta=0.0, num_iterations=1,
-            loss_type="cispo", epsilon_high=0.28, gradient_checkpointing=False, shuffle_dataset=False, report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+            max_steps=len(lengths), max_completion_length=longest, temperature=1.0, top_k=0, top_p=1.0, beta=0.0,
+            num_iterations=1, loss_type="cispo", epsilon_high=0.28, gradient_checkpointing=False, shuffle_dataset=False,
+            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
         )  # fmt: skip
         dataset = Dataset.from_dict({"prompt": [_text(e.prompt_ids) for e in examples]})
         trainer = GRPOTrainer(
             model=module, reward_funcs=answer_logprob, args=config, train_dataset=dataset, processing_class=tokenizer,
             callbacks=[times],
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        module.generate = partial(module.generate, logits_processor=[EndAt(lengths, longest)])
         trainer._generate = _timed(trainer._generate, times)
         trainer.train()
     return times.steps
@@ -161,28 +165,38 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def measure(shape: str, lengths: str, dtype: torch.dtype, rounds: int) -> float:
-    """TRL's median step over ours, and a table of the phases; each side's first step warms up."""
+    """TRL's median step over ours; prints both's phases. Each side's first step warms up."""
     size, ragged = SHAPES[shape][0], lengths == "ragged"
     longest = LONGEST if ragged else NEW
     prompts, answers = (make_ids(size[2], P, length, seed=length).tolist() for length in (PROMPT, ANSWER))
     examples = [Example(p, prompts[p], answers[p], None, "", "", "") for p in range(P)]
     name = str(dtype).removeprefix("torch.")
     print(f"\n{shape}, {lengths}, {name}: {P} prompts of {PROMPT} x {G} traces, answers of {ANSWER}; seconds a step")
-    totals = {}
-    for side, run in (("nrt-fast", our_steps), ("TRL", trl_steps)):
-        module = make_module(small_llama(*size), dtype, "cpu", 1 / MEAN if ragged else 0.0, context=512)
-        module.config.eos_token_id = module.generation_config.eos_token_id = EOS
-        module.requires_grad_(True)
-        steps = run(module, examples, longest, rounds + 1)[1:]
-        split = {phase: statistics.median(step[phase] for step in steps) for phase in PHASES}
-        totals[side] = statistics.median(sum(step[phase] for phase in PHASES) for step in steps)
-        told = "  ".join(f"{phase} {seconds:7.3f}" for phase, seconds in split.items())
-        mean_length = statistics.fmean(step["length"] for step in steps)
-        print(f"  {side:<9} {told}  step {totals[side]:7.3f}  mean length {mean_length:.0f}", flush=True)
-        del module
-        gc.collect()
-    print(f"  ratio {totals['TRL'] / totals['nrt-fast']:.2f}")
-    return totals["TRL"] / totals["nrt-fast"]
+
+    def module() -> LlamaForCausalLM:
+        made = make_module(small_llama(*size), dtype, "cpu", 1 / MEAN if ragged else 0.0, context=512)
+        made.config.eos_token_id = made.generation_config.eos_token_id = EOS
+        return made.requires_grad_(True)
+
+    ours = our_steps(module(), examples, longest, rounds + 1)
+    gc.collect()
+    lengths = [step["lengths"] for step in ours]
+    theirs = trl_steps(module(), examples, longest, lengths)
+    gc.collect()
+    assert [step["lengths"] for step in theirs] == lengths, "TRL's traces have other lengths"
+    ratio = _told("TRL", theirs[1:]) / _told("nrt-fast", ours[1:])
+    print(f"  ratio {ratio:.2f}", flush=True)
+    return ratio
+
+
+def _told(side: str, steps: list[Step]) -> float:
+    """The median step's seconds; prints each phase's."""
+    split = {phase: statistics.median(step[phase] for step in steps) for phase in PHASES}
+    total = statistics.median(sum(step[phase] for phase in PHASES) for step in steps)
+    told = "  ".join(f"{phase} {seconds:7.3f}" for phase, seconds in split.items())
+    mean_length = statistics.fmean(length for step in steps for length in step["lengths"])
+    print(f"  {side:<9} {told}  step {total:7.3f}  mean length {mean_length:.1f}")
+    return total
 
 
 def main() -> int:

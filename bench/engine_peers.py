@@ -30,6 +30,10 @@ LLAMA_8B = {
 LLAMA_1B = LLAMA_8B | {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True,
 }  # fmt: skip
+LLAMA_3B = LLAMA_8B | {
+    "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def small_llama(hidden: int, layers: int, vocabulary: int) -> dict[str, object]:

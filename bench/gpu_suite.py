@@ -4,10 +4,10 @@
     python bench/gpu_suite.py --device cpu --quick                 the same code at tiny shapes, to test it
 
 Errors are measured against fp64 and may be twice those of PyTorch's expression in the same dtype, plus ATOL. A section
-of gpu_sections.py or gpu_engine.py whose check fails is not timed; one that raises or runs out of its time is recorded
-and left; all of it stays within nine minutes. Name sections to have them alone, such as engine_8b. Peers
-(Liger, cut-cross-entropy, TRL, xformers) are timed where they can be imported: add a folder of unpacked wheels with
---peers. Exit code 1 if a check failed or a section raised.
+of gpu_sections.py, gpu_engine.py or gpu_train.py whose check fails is not timed; one that raises or runs out of its
+time is recorded and left; all of it stays within nine minutes. Name sections to have them alone, such as engine_8b.
+Peers (Liger, cut-cross-entropy, TRL, xformers) are timed where they can be imported: add a folder of unpacked wheels
+with --peers. Exit code 1 if a check failed or a section raised.
 """
 
 import argparse
@@ -225,7 +225,8 @@ def main() -> int:
 
     suite = Suite(arguments.device, arguments.quick)
     try:
-        import gpu_engine  # noqa: F401, adds its sections
+        import gpu_engine  # noqa: F401, they add their sections
+        import gpu_train  # noqa: F401
     except ImportError as error:  # it needs transformers
         suite.record(kind="note", name="engine", text=f"not measured: {error}")
     for name, (section, seconds) in gpu_sections.SECTIONS.items():

@@ -1,21 +1,13 @@
-"""linear_logprob_loss, forward and backward, beside three bare matrix products and PyTorch's autograd."""
+"""linear_logprob_loss with its gradients beside three bare matrix products and PyTorch's autograd."""
 
 import pytest
 import torch
 from conftest import DEVICE
 from linear_logprob_peers import DTYPES, make_inputs, peers
 
-from nrt_fast import fused_loss
+from nrt_fast import ops
 
 OPTIONS = ("cispo", 0.8, 1.28, 0.0, 0.0, 1e-3)  # no KL, no entropy: what the peers compute, too
-
-
-def loss_of(hidden, weight, target, token_weight):
-    """The policy-gradient loss of on-policy tokens, of which the peers' weighted log-probabilities are the same."""
-    policy = torch.ones_like(target, dtype=torch.bool)
-    return fused_loss.linear_logprob_loss(
-        hidden, weight, target, None, token_weight, policy, None, None, *OPTIONS
-    )[0]  # fmt: skip
 
 
 def gradients(loss, hidden, weight):
@@ -53,7 +45,14 @@ def inputs(request, device):
 
 
 def ours(inputs):
-    return gradients(loss_of(*inputs), *inputs[:2])
+    """Gradients of the policy-gradient loss of on-policy tokens: those of the peers' weighted log-probabilities."""
+    hidden, weight, target, token_weight = (x.detach() for x in inputs)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    policy = torch.ones_like(target, dtype=torch.bool)
+    *_, grad_hidden = ops.linear_logprob_loss(
+        hidden, weight, target, None, token_weight, policy, None, None, grad_weight, *OPTIONS
+    )
+    return grad_hidden, grad_weight
 
 
 @pytest.mark.benchmark(group="linear_logprob_loss, forward and backward")

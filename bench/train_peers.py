@@ -8,7 +8,7 @@ Both run forward and backward of one on-policy step of the default objective, do
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,17 +17,21 @@ from engine_peers import DELIMITER, PROMPT, SHAPES, G, P, make_ids, make_module,
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from nrt_fast import Model
+from nrt_fast import Engine, Model
 from nrt_fast.config import PRESETS
+from nrt_fast.metrics import Timer
 from nrt_fast.model.config import ModelConfig
 from nrt_fast.model.weights import OwnedWeights
 from nrt_fast.optim import AdamW
 from nrt_fast.pack import loss_tokens, pack
+from nrt_fast.rewards import reward
 from nrt_fast.train_step import train_step
 from nrt_fast.types import Example, LossTokens, Traces
 
 ANSWER, MEAN, LONGEST = 16, 64, 256
 OBJECTIVE = PRESETS["nrt-ws"]
+EVERY_GROUP = replace(OBJECTIVE, std_floor=0.0, reward_clip="none")  # has a signal
+LR, MAX_GRAD_NORM = 1e-6, 1.0
 
 
 def geometric_lengths(mean: int = MEAN, longest: int = LONGEST, seed: int = 1) -> list[int]:
@@ -49,10 +53,10 @@ class Rows:
     weights: list[Tensor]
 
 
-def random_step(vocabulary: int, lengths: list[int]) -> tuple[LossTokens, Rows]:
+def random_step(vocabulary: int, lengths: list[int], prompt: int = PROMPT) -> tuple[LossTokens, Rows]:
     """One step of random ids, advantages and answer weights, for us and for a padded implementation."""
     generator = torch.Generator().manual_seed(0)
-    prompts, answers = (make_ids(vocabulary, P, size, seed=size).tolist() for size in (PROMPT, ANSWER))
+    prompts, answers = (make_ids(vocabulary, P, size, seed=size).tolist() for size in (prompt, ANSWER))
     traces = [make_ids(vocabulary, length, seed=n).tolist() for n, length in enumerate(lengths)]
     groups = [traces[p * G : (p + 1) * G] for p in range(P)]
     advantage, weights = torch.randn(P, G, generator=generator), torch.rand(P, G, ANSWER, generator=generator)
@@ -81,19 +85,20 @@ def owned(module: LlamaForCausalLM) -> Model:
     return model
 
 
-def packed_pass(model: Model, tokens: LossTokens, max_tokens: int) -> Callable[[], tuple[float, dict[str, Tensor]]]:
-    """A call that returns loss and gradients by name; packing is part of it, the optimiser's update is not."""
-    weights = model.weights
-    optimizer = AdamW(weights.flat, weights.leaves.values(), weights.num_matrix_elements, (0.9, 0.95), 1e-15, 0.0)
-    no_update = SimpleNamespace(step=lambda lr, max_grad_norm: 0.0)
+def packed_pass(model: Model, tokens: LossTokens, max_tokens: int) -> Callable[..., tuple[float, dict[str, Tensor]]]:
+    """A call, of how to recompute, that returns loss and gradients by name of what is trained; packing is part of it,
+    the optimiser's update is not."""
+    trained = model.trained
+    optimizer = AdamW(trained.flat, trained.leaves.values(), trained.num_matrix_elements, (0.9, 0.95), 1e-15, 0.0)
+    no_update = SimpleNamespace(gradient=optimizer.gradient, step=lambda lr, max_grad_norm: 0.0)
 
-    def call() -> tuple[float, dict[str, Tensor]]:
+    def call(recompute: str = "none") -> tuple[float, dict[str, Tensor]]:
         optimizer.zero_grad()
-        batches = pack(tokens, max_tokens, weights.flat.device)
-        stats = train_step(model, no_update, tokens, batches, OBJECTIVE, 0.0, math.inf, True, None)
+        batches = pack(tokens, max_tokens, trained.flat.device)
+        stats = train_step(model, no_update, tokens, batches, OBJECTIVE, 0.0, math.inf, True, None, recompute)
         gradients = {
             name: optimizer.grad[tensor.storage_offset() :][: tensor.numel()].view_as(tensor)
-            for name, tensor in weights.tensors.items()
+            for name, tensor in trained.tensors.items()
         }
         return stats.loss["total"], gradients
 
@@ -101,8 +106,9 @@ def packed_pass(model: Model, tokens: LossTokens, max_tokens: int) -> Callable[[
 
 
 def padded_pass(
-    module: LlamaForCausalLM, rows: Rows, normalizer: float, rows_at_once: int, by_length: bool = False
-) -> Callable[[], tuple[float, dict[str, Tensor]]]:
+    module: LlamaForCausalLM, rows: Rows, normalizer: float, rows_at_once: int, by_length: bool = False,
+    prompt: int = PROMPT,
+) -> Callable[[], tuple[float, dict[str, Tensor]]]:  # fmt: skip
     """The same with a transformers module: padded to the longest row of each micro-batch.
 
     All prompts have one length, so the head runs after the prompt alone.
@@ -121,15 +127,42 @@ def padded_pass(
         module.zero_grad(set_to_none=True)
         total = 0.0
         for ids, mask, weights in batches:
-            num_targets = ids.shape[1] - PROMPT
+            num_targets = ids.shape[1] - prompt
             kept = module(ids, attention_mask=mask, use_cache=False, logits_to_keep=num_targets + 1).logits[:, :-1]
-            logprobs = kept.float().log_softmax(-1).gather(2, ids[:, PROMPT:, None]).squeeze(2)
+            logprobs = kept.float().log_softmax(-1).gather(2, ids[:, prompt:, None]).squeeze(2)
             loss = -(weights * logprobs).sum() / normalizer
             loss.backward()
             total += float(loss.detach())
         return total, {name: parameter.grad for name, parameter in module.named_parameters()}
 
     return call
+
+
+def whole_step(
+    engine: Engine, optimizer: AdamW, examples: list[Example], step: int, *, num_generations: int, longest: int,
+    batch_tokens: int, timer: Timer, recompute: str = "none",
+) -> list[int]:  # fmt: skip
+    """Rollout, scoring, rewards and one update, as the loop has them; every trace's length."""
+    prompts, answers, uids = zip(*((e.prompt_ids, e.answer_ids, e.uid) for e in examples), strict=True)
+    thoughts = engine.think(
+        list(prompts), list(answers), list(uids), num_generations=num_generations, max_trace_length=longest,
+        temperature=1.0, seed=0, step=step, timed=timer,
+    )  # fmt: skip
+    traces, scores, device = thoughts.traces, thoughts.scores, engine.model.embed.device
+    with timer("score"):
+        rewards = reward(scores, traces, EVERY_GROUP, 0.0, [""] * len(examples))
+    assert all(rewards.signal), "a group without a signal would be less work than the peer's"
+    with timer("train"):
+        tokens = loss_tokens(
+            examples, traces, scores.logprobs, rewards.advantage, rewards.signal, rewards.answer_weights, EVERY_GROUP,
+            DELIMITER, 1.0, longest + ANSWER,
+        )  # fmt: skip
+        optimizer.zero_grad()
+        batches = pack(tokens, batch_tokens, device)
+        train_step(engine.model, optimizer, tokens, batches, EVERY_GROUP, LR, MAX_GRAD_NORM, True, None, recompute)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return [len(ids) for group in traces.trace_ids for ids in group]
 
 
 def contenders(shape: str, dtype: torch.dtype) -> dict[str, Callable[[], tuple[float, dict[str, Tensor]]]]:

@@ -10,7 +10,7 @@
 namespace nrt_fast {
 namespace {
 
-constexpr int64_t kTile = 256;             // words of the vocabulary in a tile, a multiple of kPanel
+constexpr int64_t kTile = 512;             // words of the vocabulary in a tile, a multiple of kPanel
 constexpr int64_t kForwardRows = 2048;     // rows of a chunk: each chunk reads the weight once
 constexpr int64_t kLossRows = 512;         // the same for the loss, where they allow it
 constexpr int64_t kLogitBytes = 64 << 20;

@@ -1,5 +1,5 @@
 // Log-probabilities of targets under softmax(inv_temperature hidden weight^T), and the loss on them with its gradients,
-// free of torch. Logits are made transposed, tile by tile, 256 words of the vocabulary by 64 tokens, and meet their
+// free of torch. Logits are made transposed, tile by tile, 512 words of the vocabulary by 64 tokens, and meet their
 // online softmax while they are in the cache. Results do not depend on the number of threads: tiles are fixed, and what
 // they give is merged in their order. A target outside [0, V) gives NaN.
 #pragma once

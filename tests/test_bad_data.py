@@ -63,6 +63,11 @@ BAD_ROWS = {
         row(question="one", answer="two", hard_spans=[3]),
         "row 2: hard_spans should be a list of [start, end]",
     ),
+    "bad aliases": (
+        row(question="one", answer="two", aliases="2"),
+        "row 2: field 'aliases' holds str, a list of texts is expected",
+    ),
+    "empty alias": (row(question="one", answer="two", aliases=["2", " "]), "row 2: field 'aliases[1]' is empty"),
     "far spans": (row(question="one", answer="two", hard_spans=[[0, 4]]), "row 2: hard_spans go beyond the answer's 3"),
 }
 

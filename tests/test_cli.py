@@ -12,7 +12,15 @@ import yaml
 
 import nrt_fast
 from nrt_fast import arguments, cli
-from nrt_fast.config import PRESETS, EstimateConfig, GenerateConfig, ScoreConfig, TrainConfig
+from nrt_fast.config import (
+    PRESETS,
+    EstimateConfig,
+    EvalConfig,
+    GenerateConfig,
+    ReportConfig,
+    ScoreConfig,
+    TrainConfig,
+)
 from nrt_fast.types import UserError
 
 
@@ -33,11 +41,12 @@ def error_line(capsys, *argv):
 def loop(monkeypatch):
     """Stands in for nrt_fast.loop; notes what it is called with."""
     calls = []
-    fake = SimpleNamespace(
-        calls=calls,
-        train=lambda config: calls.append(("train", config)),
-        dry_run=lambda config: calls.append(("dry_run", config)),
-    )
+
+    def train(config):
+        calls.append(("train", config))
+        return {"steps": 1}
+
+    fake = SimpleNamespace(calls=calls, train=train, dry_run=lambda config: calls.append(("dry_run", config)))
     monkeypatch.setattr(nrt_fast, "loop", fake, raising=False)
     return fake
 
@@ -104,7 +113,9 @@ def test_printed_configuration_is_a_configuration(tmp_path, capsys):
     assert parse("--config", path) == TrainConfig(objective="jepo", learning_rate=1e-5)
 
 
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS.keys() - {"export"}))  # which has none of these fields
+@pytest.mark.parametrize(
+    "command", sorted(cli.COMMANDS.keys() - {"export", "report"})
+)  # which has none of these fields
 def test_every_command_reads_what_it_prints(command, tmp_path, capsys):
     question = ["why ?"] if command == "generate" else []
     with pytest.raises(SystemExit):
@@ -119,7 +130,9 @@ def test_what_commands_share_is_written_once():
     shared = set(vars(ScoreConfig(seed=1))) & set(vars(GenerateConfig(question="q")))
     assert {"model_name_or_path", "delimiter", "seed", "max_trace_length", "num_generations"} <= shared
     assert set(vars(TrainConfig())) < set(vars(EstimateConfig()))
-    assert GenerateConfig.num_generations == 1 and ScoreConfig.num_generations == TrainConfig.num_generations == 8
+    assert set(vars(EvalConfig())) - set(vars(ScoreConfig())) == {"metrics", "output_dir"}
+    assert GenerateConfig.num_generations == EvalConfig.num_generations == 1
+    assert ScoreConfig.num_generations == TrainConfig.num_generations == 8
 
 
 @pytest.mark.parametrize(
@@ -128,6 +141,12 @@ def test_what_commands_share_is_written_once():
 )
 def test_a_question_may_stand_anywhere(argv):
     assert parse(*argv, command="generate") == GenerateConfig(question="why ?", seed=3)
+
+
+def test_several_folders_stand_one_after_another():
+    assert parse("a", "--output_file", "f.html", "b,c", "1", command="report") == ReportConfig(
+        ["a", "b,c", "1"], "f.html"
+    )
 
 
 # What is refused

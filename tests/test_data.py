@@ -301,9 +301,28 @@ def test_truncate_left_keeps_bos_and_the_end(tmp_path):
 
 
 def test_examples_survive_compact_storage():
-    examples = data.render([data.Pair(USER, "two", [(0, 3)], "f, row 1")], word_tokenizer(), 3)
+    examples = data.render([data.Pair(USER, "two", [(0, 3)], "f, row 1", ("2", "three"))], word_tokenizer(), 3)
     assert list(data.Examples(examples)) == examples
     assert list(data.Examples.join([data.Examples(examples)] * 2).select([1])) == examples
+
+
+def test_aliases_travel_to_the_examples(tmp_path):
+    rows = [
+        {"question": "one", "answer": "two", "aliases": ["2", "three four", 5]},
+        {"question": "one", "answer": "two", "aliases": []},
+        {"question": "one", "answer": "two"},
+    ]
+    loaded = data.load_data(
+        TrainConfig(dataset_name=write_jsonl(tmp_path / "a.jsonl", rows)), word_tokenizer(), data.Limits(6, 5), 0
+    )
+    assert [example.aliases for example in loaded.train] == [("2", "three four", "5"), (), ()]
+
+
+def test_aliases_of_real_data(shared_data):
+    rows = list(data.read_rows(str(shared_data / "train/webquestions_trainmodel.jsonl.gz")))
+    schema = data.detect_schema(rows)
+    aliases = [schema.pair(row).aliases for row in rows]
+    assert max(map(len, aliases)) > 1 and min(map(len, aliases)) == 1
 
 
 def test_several_data_sets(tmp_path):

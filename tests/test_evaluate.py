@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nrt_fast import Engine, Model
-from nrt_fast.evaluate import summarise
+from nrt_fast.evaluate import clustered_mean, summarise
 from nrt_fast.types import Example, Scores, Traces
 
 DELIMITER, EOS = 3, 9
@@ -61,6 +61,8 @@ def test_means_of_held_out_items(evaluation):
     gains = [math.log(x) for x in (5, 2, 4, 2, 3, 2 / 3)]
     assert result.gain == pytest.approx(sum(gains) / 6)
     assert result.hard_token_gain == pytest.approx((math.log(5) + math.log(4)) / 2)
+    assert result.gain_error == pytest.approx(clustered_mean([torch.tensor(gains[:4]), torch.tensor(gains[4:])]).error)
+    assert result.hard_token_gain_error == 0, "one of the two items has none"
     assert result.hard_token_logp == pytest.approx((math.log(0.5) + math.log(0.4)) / 2)
     assert result.trace_length == (2 + 1 + 0 + 3) / 4
     assert result.entropy == pytest.approx((1 + 2 + 0.5 + 0.5 + 1 + 3) / 8)

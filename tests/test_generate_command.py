@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nrt_fast import cli, generate_command
 from nrt_fast.config import GenerateConfig, TrainConfig
-from nrt_fast.data import Limits, load_data, load_tokenizer
+from nrt_fast.data import Limits, load_data, load_tokenizer, text_of_each
 from nrt_fast.engine import Engine, Generated
 from nrt_fast.generate_command import Question, answer_all, detokenized, read_questions, show, show_stream
 from nrt_fast.source import open_source
@@ -90,6 +90,21 @@ def test_broken_bytes_are_shown_at_the_end():
 def test_words_keep_their_spaces_and_eos_is_not_shown(starter):
     ids = starter("it shows heads .", add_special_tokens=False)["input_ids"]
     assert list(detokenized([*ids, starter.eos_token_id], starter)) == ["it", " shows", " heads", " ."]
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, piece_tokenizer])
+def test_each_id_has_its_text(make):
+    tokenizer = make()
+    ids = tokenizer("the 日 a", add_special_tokens=False)["input_ids"]
+    texts = text_of_each(ids, tokenizer)
+    assert len(texts) == len(ids) and "".join(texts) == tokenizer.decode(ids)
+    last = texts.index("日")
+    assert texts[last - 2 : last] == ["", ""], "a character comes with the last of its bytes"
+    assert text_of_each([], tokenizer) == []
+
+
+def test_a_special_token_has_its_name(starter):
+    assert text_of_each([*starter("it shows").input_ids, starter.eos_token_id], starter) == ["it", " shows", "<eos>"]
 
 
 def test_pieces_come_as_the_ids_do(starter):

@@ -93,7 +93,7 @@ def test_summary(finished):
 
 def test_nothing_else_is_left_in_the_folder(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "run.json", "metrics.jsonl", "summary.json", "completions", "final",
+        "run.json", "metrics.jsonl", "samples.json", "summary.json", "completions", "final",
         *(f"checkpoint-{step}" for step in range(1, 6)),
     }  # fmt: skip
 

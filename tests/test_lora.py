@@ -22,8 +22,7 @@ from nrt_fast.model.lora import Lora
 from nrt_fast.model.peft_folder import ALL_LINEAR
 from nrt_fast.optim import AdamW
 from nrt_fast.pack import loss_tokens, pack
-from nrt_fast.plan import Sizes, loss_bytes, training_bytes
-from nrt_fast.source import read_shape
+from nrt_fast.plan import Sizes, training_bytes
 from nrt_fast.starter import MODEL_DIR
 from nrt_fast.types import ANSWER, TRACE, Example, PackedBatch
 
@@ -375,9 +374,6 @@ def test_the_plan_has_an_optimizer_for_the_adapter_alone():
     num_parameters = 4 * 16 * (4 * 256 + 3 * 384)
     assert lora["gradients"] == 4 * num_parameters and lora["optimizer"] <= 10 * num_parameters
     assert lora["weights"] == full["weights"]
-    shape = read_shape(None)
-    full, lora = (loss_bytes(shape, "bfloat16", "cuda", 100, head_is_constant) for head_is_constant in (False, True))
-    assert full - lora >= 4 * shape.vocab_size * shape.hidden_size
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -389,8 +385,9 @@ def test_a_step_takes_what_was_planned(recompute, make_module, tmp_path):
     optimizer = AdamW(model.trained.flat, model.trained.leaves.values(), 0, (0.9, 0.95), 1e-15, 0.0)
     batch = test_plan.packed_batch(512, 4, 8, 32, 64, 16)
     with test_plan.PeakBytes(model.weights.flat, model.adapter.flat, optimizer.grad) as measured:
-        hidden_TD = model.packed(batch, recompute)
-        train_step._loss(hidden_TD, model.head, batch, None, None, PRESETS["nrt-ws"], 1.0)[0].backward()
+        hidden_AD = model.packed(batch, recompute).index_select(0, batch.hidden_A)
+        *_, grad_AD = train_step._loss(hidden_AD, model.head, batch.loss, None, None, None, PRESETS["nrt-ws"], 1.0)
+        hidden_AD.backward(grad_AD)
     sizes = Sizes(32, 64, 16, 8, recompute=recompute, adapter=model.adapter.flat.numel())
     predicted = training_bytes(model.config, "float32", "cpu", len(batch.tokens_T), sizes)
     assert 0.95 < predicted / measured.peak < 1.1

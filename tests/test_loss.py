@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 
@@ -57,6 +58,20 @@ def other_model(other_module, tmp_path_factory):
     return load(other_module, tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def adapted(make_module, tmp_path_factory):
+    """The weights of ``module`` under a random LoRA adapter: peft's live module, and our model of its folder."""
+    folder, module = tmp_path_factory.mktemp("adapted"), make_module("llama")
+    module.save_pretrained(folder / "base")
+    module.name_or_path = str(folder / "base")  # what the adapter's file says
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )  # fmt: skip
+    theirs = peft.get_peft_model(module, config).eval()
+    theirs.save_pretrained(folder / "adapter")
+    return theirs, Model.from_pretrained(folder / "adapter")
+
+
 def make_step(module, reference_logits, seed, closed, signal, longest=8):
     """Ragged groups as after a rollout by slightly different weights.
 
@@ -73,7 +88,8 @@ def make_step(module, reference_logits, seed, closed, signal, longest=8):
     def old(context, sampled, temperature):
         logits = reference_logits(module, context + sampled)[len(context) - 1 : -1] / temperature
         logprobs = logits.log_softmax(dim=-1).gather(1, torch.tensor(sampled, dtype=torch.int64)[:, None]).squeeze(1)
-        return logprobs + 1.2 * (torch.rand(len(sampled), generator=generator) - 0.5)
+        # In steps that are not near the clip's edges, where rounding would decide.
+        return logprobs + 0.1 * torch.randint(-6, 7, (len(sampled),), generator=generator)
 
     prompts, answers = [ids(1, 10) for _ in closed], [ids(1, 6) for _ in closed]
     traces = [[[] if g == 1 else ids(3 * (g == 2), longest) for g in range(len(group))] for group in closed]
@@ -121,16 +137,27 @@ def make_tokens(step, objective):
     )  # fmt: skip
 
 
+class NoUpdate:
+    """An optimizer that leaves gradients where autograd puts them."""
+
+    def gradient(self, leaf):
+        leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return leaf.grad
+
+    def step(self, lr, max_grad_norm):
+        return 0.0
+
+
 def packed_loss(model, step, objective, max_tokens=10_000, on_policy=False, reference=None, recompute="none"):
-    """(loss by term, gradient by parameter name) of one of our training steps."""
+    """(loss by term, gradient by name of each trained parameter) of one of our training steps."""
     model, tokens = model.clone(), make_tokens(step, objective)
     # Without momentum the first moment after one step is the gradient.
-    optimizer = AdamW(model.weights.flat, model.weights.leaves.values(), 0, (0.0, 0.9), 1e-8, 0.0)
+    optimizer = AdamW(model.trained.flat, model.trained.leaves.values(), 0, (0.0, 0.9), 1e-8, 0.0)
     batches = pack(tokens, max_tokens, torch.device("cpu"))
     stats = train_step(model, optimizer, tokens, batches, objective, 0.0, math.inf, on_policy, reference, recompute)
     gradients = {
         name: optimizer.first[tensor.storage_offset() :][: tensor.numel()].view_as(tensor)
-        for name, tensor in model.weights.tensors.items()
+        for name, tensor in model.trained.tensors.items()
     }
     assert stats.grad_norm == pytest.approx(float(optimizer.first.norm()), rel=1e-5)
     return stats.loss, gradients
@@ -159,7 +186,8 @@ def one_by_one(module, sequences):
 
 
 def padded_loss(module, step, objective, on_policy=False, reference=None, padded=True):
-    """(loss by term, gradient by parameter name) the plain way: every trace with a prompt of its own, padded or not."""
+    """(loss by term, gradient by name of each trained parameter) the plain way: every trace with a prompt of its own,
+    padded or not."""
     rows = [(p, g) for p, group in enumerate(step.traces.trace_ids) for g in range(len(group))]
     examples, traces = step.examples, step.traces
     sequences = [
@@ -202,7 +230,11 @@ def padded_loss(module, step, objective, on_policy=False, reference=None, padded
     terms["total"] = sum(terms.values())
     module.zero_grad()
     terms["total"].backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+    gradients = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad.clone()  # peft's names
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
     return {name: float(torch.as_tensor(term).detach()) for name, term in terms.items()}, gradients
 
 
@@ -213,6 +245,7 @@ def relative_error(ours, theirs):
 def assert_same(ours, theirs, tolerance):
     (our_loss, our_gradients), (their_loss, their_gradients) = ours, theirs
     assert our_loss == pytest.approx(their_loss, rel=tolerance, abs=1e-6)  # terms of either sign cancel
+    assert our_gradients.keys() == their_gradients.keys()
     for name, gradient in their_gradients.items():
         assert gradient.norm() > 0
         assert relative_error(our_gradients[name], gradient) < tolerance, name
@@ -221,9 +254,8 @@ def assert_same(ours, theirs, tolerance):
 def test_the_step_has_ratios_on_both_sides_of_the_clip(step, model):
     """Else the comparisons below would prove less than they say."""
     tokens = make_tokens(step, DEFAULT)
-    optimizer = SimpleNamespace(step=lambda lr, max_grad_norm: 0.0)
     batches = pack(tokens, 10_000, torch.device("cpu"))
-    stats = train_step(model.clone(), optimizer, tokens, batches, DEFAULT, 0.0, 1.0, True, None)
+    stats = train_step(model.clone(), NoUpdate(), tokens, batches, DEFAULT, 0.0, 1.0, True, None)
     ratio = (stats.logprobs_A - tokens.old_logprobs_A).exp()
     trace_A = (tokens.kind_A == 0) & tokens.counted_A
     for sign in (1, -1):
@@ -273,8 +305,7 @@ def test_gradients_reach_a_live_module(step, make_module, module, model):
     live = make_module("llama")
     tokens = make_tokens(step, DEFAULT)
     batches = pack(tokens, 30, torch.device("cpu"))
-    optimizer = SimpleNamespace(step=lambda lr, max_grad_norm: 0.0)
-    train_step(Model.from_hf(live), optimizer, tokens, batches, DEFAULT, 0.0, 1.0, False, None)
+    train_step(Model.from_hf(live), NoUpdate(), tokens, batches, DEFAULT, 0.0, 1.0, False, None)
     _, theirs = padded_loss(module, step, DEFAULT)
     for name, parameter in live.named_parameters():
         assert relative_error(parameter.grad, theirs[name]) < 1e-4
@@ -300,9 +331,14 @@ def test_recomputing_changes_nothing(recompute, config, step, make_module, tmp_p
         assert relative_error(recomputed[name], gradient) < 1e-6, name
 
 
+@pytest.mark.parametrize("trained", ["weights", "adapter"])
 @pytest.mark.parametrize("seed", range(100))
-def test_packed_equals_padded_equals_one_at_a_time(seed, module, model, other_module, other_model, reference_logits):
+def test_packed_equals_padded_equals_one_at_a_time(
+    seed, trained, module, model, adapted, other_module, other_model, reference_logits
+):
     """Random groups under a random preset, budget and recomputation."""
+    if trained == "adapter":
+        module, model = adapted
     generator = torch.Generator().manual_seed(seed)
 
     def draw(high, low=0):

@@ -220,8 +220,10 @@ def test_activations_and_loss_are_what_a_step_takes(config, run, dtype, recomput
     )
     batch = packed_batch(config["vocab_size"], *run)
     with PeakBytes(model.weights.flat, optimizer.grad) as measured:
-        hidden_TD = model.packed(batch, recompute)
-        train_step._loss(hidden_TD, model.head, batch, None, None, Objective(), 1.0)[0].backward()
+        hidden_AD = model.packed(batch, recompute).index_select(0, batch.hidden_A)
+        grad_head_VD = optimizer.gradient(model.head)
+        *_, grad_AD = train_step._loss(hidden_AD, model.head, batch.loss, None, None, grad_head_VD, Objective(), 1.0)
+        hidden_AD.backward(grad_AD)
     num_tokens, sizes = len(batch.tokens_T), Sizes(*run[2:], run[1], recompute=recompute)
     predicted = plan.training_bytes(shape, dtype, "cpu", num_tokens, sizes)
     # Of the loss's chunks of logits, which the C++ op keeps to itself, nothing is measured.
@@ -252,8 +254,8 @@ def test_what_is_recomputed_is_what_the_memory_asks_for():
         told = plan_training(LLAMA_3B, "bfloat16", "cuda", gib * GIB, replace(SHORT, **sizes), shrink=True)
         return told.sizes.recompute
 
-    assert [chosen(gib) for gib in (79, 90, 200)] == ["full", "selective", "none"]
-    assert chosen(79, recompute="selective") == "selective", "what is told stays"
+    assert [chosen(gib) for gib in (70, 79, 200)] == ["full", "selective", "none"]
+    assert chosen(70, recompute="selective") == "selective", "what is told stays"
     in_order = [
         plan.activation_bytes(LLAMA_3B, "bfloat16", "cuda", 8192, replace(SHORT, recompute=recompute))
         for recompute in ("full", "selective", "none")
@@ -268,10 +270,10 @@ def test_a_group_that_does_not_fit():
 
 
 def test_a_derived_micro_batch_leaves_half_for_the_cache():
-    told = plan_training(LLAMA_3B, "bfloat16", "cuda", 79 * GIB, SHORT, shrink=True)
+    told = plan_training(LLAMA_3B, "bfloat16", "cuda", 70 * GIB, SHORT, shrink=True)
     assert told.sizes.batch_tokens == SHORT.batch_tokens
     assert told.sizes.recompute == "full"
-    kept = plan_training(LLAMA_3B, "bfloat16", "cuda", 79 * GIB, replace(SHORT, recompute="none"), shrink=True)
+    kept = plan_training(LLAMA_3B, "bfloat16", "cuda", 70 * GIB, replace(SHORT, recompute="none"), shrink=True)
     assert 1312 <= kept.sizes.batch_tokens < SHORT.batch_tokens
     for plan_ in (told, kept):
         assert plan_.cache_bytes >= (gib(plan_, "activations") + gib(plan_, "backward")) * GIB

@@ -46,14 +46,14 @@ def stop_in_every_step(config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "step", interrupted)
         results = [loop.train(config) for _ in range(NUM_STEPS)]
-    assert results[:-1] == [{"steps": number} for number in range(1, NUM_STEPS)]
+    assert results[:-1] == [{"steps": number, "stopped_on": []} for number in range(1, NUM_STEPS)]
     return results[-1]
 
 
 def assert_same_run(folder, other, measured):
-    """Bitwise: weights, optimizer and all other tensors of every checkpoint, metrics but for timings, completions."""
+    """Bitwise: all tensors of every checkpoint, metrics but for timings, completions, samples."""
     assert checkpoints(folder) == checkpoints(other)
-    patterns = ("checkpoint-*/*.safetensors", "final/*", "completions/*")
+    patterns = ("checkpoint-*/*.safetensors", "final/*", "completions/*", "samples.json")
     files = [path.relative_to(other) for pattern in patterns for path in other.glob(pattern)]
     assert len(files) > len(checkpoints(other))
     for path in files:

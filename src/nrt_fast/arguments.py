@@ -37,7 +37,7 @@ class Arguments:
     Attributes:
         config: frozen dataclass with a default for every field, whose docstrings are the help, and with ``check``.
         flags: name and help of options that take no value and are no field.
-        positional: field that an argument without an option's name goes to.
+        positional: field that an argument without an option's name goes to; all such arguments, where it is a list.
         groups: title of each group of the help, by its first field.
     """
 
@@ -156,12 +156,15 @@ def _option_name(argument: str) -> str | None:
 def _check_options(argv: list[str], arguments: Arguments) -> list[str]:
     """The arguments, the positional one as an option; UserError for an option or a field of a file that is unknown."""
     known, without_value = [*arguments.names, *OTHER_OPTIONS, *arguments.flags], ["print_config", *arguments.flags]
-    checked, rest = [], list(argv)
+    checked, rest, positional = [], list(argv), arguments.positional
+    several = positional is not None and _main_type(get_type_hints(arguments.config)[positional])[0] is list
     while rest:
         argument, following = rest[0], rest[1] if len(rest) > 1 else ""
         name = _option_name(argument)
-        if name is None and arguments.positional and f"--{arguments.positional}" not in map(_before_value, checked):
-            argument, length = f"--{arguments.positional}={argument}", 1
+        if name is None and several:
+            argument, length = f"--{positional}+={argument}", 1
+        elif name is None and positional and f"--{positional}" not in map(_before_value, checked):
+            argument, length = f"--{positional}={argument}", 1
         elif name is None:
             raise UserError(f"unrecognized arguments: {argument}")
         elif name not in known:

@@ -100,6 +100,14 @@ def save(
     return final
 
 
+def new_folder(name: str) -> Path:
+    """The absolute path of an output_dir that is to be made; UserError if something is there."""
+    path = Path(name).expanduser().absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"output_dir {path} is there and not empty; choose an empty or new folder")
+    return path
+
+
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
     """A folder to fill that gets its name only when everything in it is on the disk; replaces one of that name."""

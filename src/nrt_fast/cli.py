@@ -6,10 +6,19 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from nrt_fast import __version__
 from nrt_fast.arguments import Arguments, did_you_mean, help_text, parse
-from nrt_fast.config import EstimateConfig, ExportConfig, GenerateConfig, ScoreConfig, TrainConfig
+from nrt_fast.config import (
+    EstimateConfig,
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    ReportConfig,
+    ScoreConfig,
+    TrainConfig,
+)
 from nrt_fast.types import UserError
 
 GROUPS = {"model_name_or_path": "Model", "num_generations": "Sampling"}
@@ -30,19 +39,22 @@ class Command:
     Attributes:
         summary: its line in the help.
         usage: what follows its name.
-        run: called with the configuration and the flags.
+        run: called with the configuration and the flags; returns the exit code, or None for 0.
     """
 
     summary: str
     usage: str
     arguments: Arguments
-    run: Callable
+    run: Callable[[Any, set[str]], int | None]
 
 
-def _train(config: TrainConfig, flags: set[str]) -> None:
+def _train(config: TrainConfig, flags: set[str]) -> int:
     from nrt_fast import loop
 
-    (loop.dry_run if "dry_run" in flags else loop.train)(config)
+    if "dry_run" in flags:
+        loop.dry_run(config)
+        return 0
+    return 3 if loop.train(config).get("stopped_on") else 0
 
 
 def _estimate(config: EstimateConfig, flags: set[str]) -> None:
@@ -57,6 +69,12 @@ def _score(config: ScoreConfig, flags: set[str]) -> None:
     score_command.score_dataset(config)
 
 
+def _eval(config: EvalConfig, flags: set[str]) -> None:
+    from nrt_fast import eval_command
+
+    eval_command.evaluate_dataset(config)
+
+
 def _generate(config: GenerateConfig, flags: set[str]) -> None:
     from nrt_fast import generate_command
 
@@ -67,6 +85,12 @@ def _export(config: ExportConfig, flags: set[str]) -> None:
     from nrt_fast import export_command
 
     export_command.export(config)
+
+
+def _report(config: ReportConfig, flags: set[str]) -> None:
+    from nrt_fast import report_command
+
+    report_command.report(config)
 
 
 COMMANDS = {
@@ -82,6 +106,12 @@ COMMANDS = {
         Arguments(ScoreConfig, groups=GROUPS | {"dataset_name": "Data", "num_prompts": "Scores"}),
         _score,
     ),
+    "eval": Command(
+        "measure gain and accuracy on held-out items, with a trace and without one",
+        "[--config FILE.yaml] [--field value ...] [--print_config]",
+        Arguments(EvalConfig, groups=GROUPS | {"dataset_name": "Data", "num_prompts": "Evaluation"}),
+        _eval,
+    ),
     "generate": Command(
         "answer a question, or a file of them, after thinking",
         '"QUESTION" [--config FILE.yaml] [--field value ...] [--print_config]',
@@ -94,6 +124,12 @@ COMMANDS = {
         Arguments(ExportConfig, groups={"model_name_or_path": "Export"}),
         _export,
     ),
+    "report": Command(
+        "draw a run, or several in the same charts, as one HTML page",
+        "RUN [RUN2 ...] [--output_file FILE.html] [--config FILE.yaml] [--print_config]",
+        Arguments(ReportConfig, positional="runs", groups={"runs": "Report"}),
+        _report,
+    ),
     "estimate": Command(
         "tell a run's memory without loading weights or touching a device",
         "[--config FILE.yaml] [--field value ...] [--device_memory_gib X] [--print_config]",
@@ -104,7 +140,8 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for bad input (told in one line on stderr), 130 for Ctrl-C."""
+    """Run a command and return its exit code: 0, 2 for bad input (told in one line on stderr), 3 for a run that
+    an alarm of ``stop_on`` stopped, 130 for Ctrl-C."""
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -130,7 +167,7 @@ def _run(argv: list[str]) -> int:
         # OpenMP reads it when torch is loaded. Threads that spin for long while they wait starve each other as soon as
         # the machine has anything else to do: a step of the demo took ten times as long (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-        COMMANDS[name].run(config, flags)
+        return COMMANDS[name].run(config, flags) or 0
     return 0
 
 

@@ -7,9 +7,18 @@ TRL's. A field that is None is derived from the model, the data and the machine,
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
-from nrt_fast.config_checks import PROJECTIONS, check_config, check_export, check_generate, check_score
+from nrt_fast.config_checks import (
+    PROJECTIONS,
+    check_config,
+    check_eval,
+    check_export,
+    check_generate,
+    check_report,
+    check_score,
+)
+from nrt_fast.health import ALARMS
 
 Reward = Literal["logp", "prob", "am", "gm", "ws_inv", "ws_log", "r3"]
 Baseline = Literal["current", "frozen", "ema", "none"]
@@ -242,6 +251,8 @@ class TrainConfig(DataFields, SamplingFields, ModelFields):
     """Steps between console lines; metrics.jsonl has every step."""
     eval_steps: int | None = None
     """Steps between held-out gain measurements; 0: only before and after."""
+    stop_on: list[str] | str | None = None
+    """Alarms at which the run stops, saved (comma-separated; docs/health.md): all, or some of their names."""
     report_to: list[str] | str = "none"
     """Trackers beside metrics.jsonl: trackio, wandb, tensorboard (comma-separated)."""
     resume_from_checkpoint: str = "auto"
@@ -256,6 +267,17 @@ class TrainConfig(DataFields, SamplingFields, ModelFields):
             UserError: names the field, and what would be valid.
         """
         check_config(self)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    @property
+    def stop_alarms(self) -> list[str]:
+        """The names in stop_on, all spelt out."""
+        names = split_names(self.stop_on or [])
+        return list(ALARMS) if names == ["all"] else names
 
     @property
     def lora_targets(self) -> list[str]:
@@ -283,17 +305,43 @@ class EstimateConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class ScoreConfig(DataFields, SamplingFields, ModelFields):
-    """Every field of ``nrt-fast score``."""
+class HeldoutFields(DataFields, SamplingFields, ModelFields):
+    """Fields of the commands that measure on held-out items."""
 
     num_prompts: int | None = None
-    """Items to score: those that a run on the same data with the same seed holds out."""
+    """Items to measure: those that a run on the same data with the same seed holds out."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig(HeldoutFields):
+    """Every field of ``nrt-fast score``."""
+
     output_file: str = "scores.jsonl"
     """JSON lines, one for each item; the file must be new."""
 
     def check(self) -> None:
         """Refuse values out of range and fields that could have no effect; UserError names the field."""
         check_score(self)
+
+
+@dataclass(frozen=True)
+class EvalConfig(HeldoutFields):
+    """Every field of ``nrt-fast eval``."""
+
+    num_generations: int = 1
+    metrics: list[str] | str = "exact,normalised"
+    """When an answer is right: exact, normalised, math (comma-separated); the verdict tells the first."""
+    output_dir: str | None = None
+    """Folder for results.json and the samples, new or empty; nothing is written if absent."""
+
+    def check(self) -> None:
+        """Refuse values out of range and fields that could have no effect; UserError names the field."""
+        check_eval(self)
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The names in metrics."""
+        return split_names(self.metrics)
 
 
 @dataclass(frozen=True)
@@ -329,3 +377,22 @@ class ExportConfig:
     def check(self) -> None:
         """Refuse a field that is missing; UserError names it."""
         check_export(self)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Every field of ``nrt-fast report``."""
+
+    runs: list[str] | str | None = None
+    """Folders of runs, finished or not; on the command line one after another, without --runs."""
+    output_file: str | None = None
+    """HTML file; report.html in the run's folder, of several runs in the current one. An earlier report is replaced."""
+
+    def check(self) -> None:
+        """Refuse a report of nothing, of too much, and a run named twice; UserError says so."""
+        check_report(self)
+
+    @property
+    def folders(self) -> list[str]:
+        """The names in runs."""
+        return split_names(self.runs or [])

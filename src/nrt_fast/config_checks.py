@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nrt_fast.health import ALARMS
 from nrt_fast.types import UserError
 
 if TYPE_CHECKING:
-    from nrt_fast.config import DataFields, ExportConfig, GenerateConfig, Objective, ScoreConfig, TrainConfig
+    from nrt_fast.config import (
+        DataFields,
+        EvalConfig,
+        ExportConfig,
+        GenerateConfig,
+        HeldoutFields,
+        Objective,
+        ReportConfig,
+        ScoreConfig,
+        TrainConfig,
+    )
 
 AT_LEAST = {
     "num_eval_prompts": 0, "max_prompt_length": 1, "max_trace_length": 1, "max_answer_length": 2,
@@ -23,7 +35,9 @@ ABOVE = dict.fromkeys(
     ("epsilon", "epsilon_high", "temperature", "learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs",
      "device_memory_gib"), 0,
 )  # fmt: skip
+METRICS = ("exact", "normalised", "math")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MAX_RUNS = 8  # in one report
 BELOW = {"epsilon": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**63}
 
 
@@ -41,7 +55,23 @@ def check_config(config: TrainConfig) -> None:
 
 def check_score(config: ScoreConfig) -> None:
     """Raise what ``ScoreConfig.check`` says."""
-    _check_ranges(config)
+    _check_heldout(config)
+
+
+def check_eval(config: EvalConfig) -> None:
+    """Raise what ``EvalConfig.check`` says."""
+    _check_heldout(config, may_be_zero=("temperature",))  # greedy
+    if config.temperature == 0 and config.num_generations > 1:
+        raise UserError(f"num_generations {config.num_generations} cannot take effect: at temperature 0 all are equal")
+    names = config.metric_names
+    if unknown := [name for name in names if name not in METRICS]:
+        raise UserError(f"metrics: {unknown[0]!r} is unknown; valid: some of {', '.join(METRICS)}")
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"metrics is {config.metrics!r}; one or more of {', '.join(METRICS)} are expected, each once")
+
+
+def _check_heldout(config: HeldoutFields, may_be_zero: tuple[str, ...] = ()) -> None:
+    _check_ranges(config, may_be_zero)
     for problem in _data_problems(config):
         raise UserError(problem)
     if config.dataset_name is None and (config.prompt_field or config.answer_field):
@@ -67,10 +97,22 @@ def check_export(config: ExportConfig) -> None:
             raise UserError(f"{name} is needed: nrt-fast export --model_name_or_path runs/demo/final --output_dir NEW")
 
 
+def check_report(config: ReportConfig) -> None:
+    """Raise what ``ReportConfig.check`` says."""
+    if not config.folders:
+        raise UserError("a run's folder is needed: nrt-fast report runs/demo")
+    if len(config.folders) > MAX_RUNS:
+        raise UserError(f"{len(config.folders)} runs; at most {MAX_RUNS} can be told apart by colour")
+    folders = [Path(run).expanduser().resolve() for run in config.folders]
+    for run, folder in zip(config.folders, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise UserError(f"{run} is there twice; each run once")
+
+
 def _check_ranges(config, may_be_zero: tuple[str, ...] = ()) -> None:
     for name, value in vars(config).items():
         if name in may_be_zero:
-            if value < 0:
+            if not 0 <= value < math.inf:
                 raise UserError(f"{name} is {value}; it should be at least 0")
         elif isinstance(value, (int, float)) and (problem := _range_problem(name, value)):
             raise UserError(f"{name} is {value}; it should be {problem}")
@@ -106,6 +148,9 @@ def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
         yield f"reward {objective.reward} is measured against a baseline; baseline is none"
     if objective.baseline == "none" and objective.reward_clip != "none":
         yield f"reward_clip {objective.reward_clip} is a clip at a baseline; baseline is none"
+    for name in config.stop_alarms:
+        if name not in ALARMS:
+            yield f"stop_on: no alarm is named {name!r}; valid: all, or some of {', '.join(ALARMS)}"
     unknown = [name for name in config.lora_targets if name not in PROJECTIONS]
     if unknown or (config.lora_target_modules is not None and not config.lora_targets):
         told = f"{unknown[0]!r} is unknown" if unknown else "is empty"
@@ -118,7 +163,7 @@ def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[st
     yield "prompt_field answer_field", builtin and config.eval_dataset_name is None, "the built-in tasks name theirs"
     yield (
         "reward baseline reward_clip advantage trace_loss answer_weight format_coef reward_scale std_floor epsilon"
-        " epsilon_high drop_cut_reward beta entropy_coef max_trace_length max_repeated_tokens",
+        " epsilon_high drop_cut_reward beta entropy_coef max_trace_length max_repeated_tokens stop_on",
         config.objective == "sft",
         "objective sft has no traces",
     )

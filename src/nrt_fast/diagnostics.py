@@ -14,7 +14,8 @@ from nrt_fast.rewards import Rewards
 from nrt_fast.train_step import TrainStats
 from nrt_fast.types import ANSWER, TRACE, Example, LossTokens, Scores, Traces
 
-OVERLAP_NGRAM = 3
+OVERLAP_NGRAM, REPETITION_NGRAM = 3, 4
+LONG_ANSWER = 8  # tokens without EOS; a trace that reasons may well say a shorter one
 
 
 def rollout_metrics(
@@ -43,6 +44,14 @@ def rollout_metrics(
         "nrt/frac_no_signal": 1.0 - mean(rewards.signal),
         "nrt/frac_clipped": float((shaped == 0).float().mean()) if objective.reward_clip != "none" else 0.0,
         "nrt/delimiter_rate": mean(ends),
+        "nrt/repetition": mean([repetition(ids) for group in traces.trace_ids for ids in group]),
+        "nrt/answer_copied": mean(
+            [
+                overlap(ids, e.answer_ids, len(e.answer_ids) - 1) if len(e.answer_ids) > LONG_ANSWER else 0.0
+                for e, group in zip(examples, traces.trace_ids, strict=True)
+                for ids in group
+            ]
+        ),
         "nrt/answer_overlap": mean(
             [overlap(ids, e.answer_ids) for e, group in zip(examples, traces.trace_ids, strict=True) for ids in group]
         ),
@@ -71,6 +80,7 @@ def train_metrics(tokens: LossTokens, stats: TrainStats, objective: Objective, o
     }
     if objective.answer_coef:  # else no answer runs through the trainer
         metrics |= {
+            "nrt/grad_answer": _logit_gradient(tokens, stats, answer_A),
             "nrt/score_audit_mean": _tensor_mean(difference_A[answer_A].abs()),
             "nrt/score_audit_max": _tensor_max(difference_A[answer_A].abs()),
         }
@@ -80,6 +90,7 @@ def train_metrics(tokens: LossTokens, stats: TrainStats, objective: Objective, o
     sampled_A = tokens.kind_A == TRACE
     metrics |= {
         "entropy": _tensor_mean(stats.entropy_A[trace_A] if trace_A.any() else -tokens.old_logprobs_A[sampled_A]),
+        "nrt/grad_trace": _logit_gradient(tokens, stats, trace_A),
         "nrt/dlogp_mean": _tensor_mean(difference_A[trace_A].abs()),
         "nrt/dlogp_max": _tensor_max(difference_A[trace_A].abs()),
     }
@@ -135,6 +146,20 @@ def overlap(trace_ids: list[int], answer_ids: list[int], n: int = OVERLAP_NGRAM)
     said = {tuple(trace_ids[i : i + n]) for i in range(len(trace_ids) - n + 1)}
     grams = [tuple(answer_ids[i : i + n]) for i in range(len(answer_ids) - n + 1)]
     return mean([gram in said for gram in grams]) if n else 0.0
+
+
+def repetition(trace_ids: list[int], n: int = REPETITION_NGRAM) -> float:
+    """Share of the trace's n-grams that stood in it before; 0 where there are fewer than two."""
+    grams = [tuple(trace_ids[i : i + n]) for i in range(len(trace_ids) - n + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _logit_gradient(tokens: LossTokens, stats: TrainStats, kind_A: Tensor) -> float:
+    """Norm of a term's gradient with respect to the chosen tokens' own logits, w (1 - p) each.
+
+    Stands for the term's gradient norm, which would take a backward pass of its own.
+    """
+    return float((tokens.weight_A * -torch.expm1(stats.logprobs_A))[kind_A].norm()) / tokens.normalizer
 
 
 def _hard_gain(examples: list[Example], gains: list[Tensor], baseline_logprobs: list[Tensor]) -> float:

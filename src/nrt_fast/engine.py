@@ -189,17 +189,18 @@ class Engine:
     def think(
         self, prompts: list[list[int]], answers: list[list[int]], uids: list[int], *, num_generations: int,
         max_trace_length: int, temperature: float, seed: int, step: int, answer_greedily: bool = False,
-        timed: Callable = lambda phase: nullcontext(),
+        max_answer_length: int | None = None, timed: Callable = lambda phase: nullcontext(),
     ) -> Thoughts:  # fmt: skip
         """Sample traces and score the reference answers on the cache that sampled them, as the groups are complete.
 
         Args:
             answers: the reference answers.
-            answer_greedily: also decode an answer after each trace, up to the longest reference answer.
+            answer_greedily: also decode an answer after each trace.
+            max_answer_length: longest of them; never under the longest reference answer, which it is if absent.
             timed: context manager factory called with "rollout" and "score" around those phases.
         """
         groups = _groups(prompts, uids, num_generations)
-        max_answer_length = max(map(len, answers))
+        max_answer_length = max([max_answer_length or 0, *map(len, answers)])
         sampling = self._sampling(max_trace_length, temperature, seed, step)
         scores, greedy = [None] * len(prompts), [[] for _ in prompts]
         parts = self._sampled(groups, sampling, 1 + max_answer_length)

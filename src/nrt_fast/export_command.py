@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nrt_fast.checkpoint import atomic_folder, save_tokenizer
+from nrt_fast.checkpoint import atomic_folder, new_folder, save_tokenizer
 from nrt_fast.config import ExportConfig
 from nrt_fast.data import has_tokenizer
 from nrt_fast.model.config import ModelConfig
@@ -30,9 +30,7 @@ def export(config: ExportConfig) -> None:
         UserError: bad input, or a folder that is not empty; nothing is written then.
     """
     config.check()
-    name, output_dir = config.model_name_or_path, Path(config.output_dir).expanduser().absolute()
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"output_dir {output_dir} is there and not empty; choose an empty or new folder")
+    name, output_dir = config.model_name_or_path, new_folder(config.output_dir)
     folder = model_folder(name)
     lora = read_lora(folder)
     base = folder if lora is None else base_folder(folder, lora)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nrt_fast.config import GenerateConfig
-from nrt_fast.data import Messages, encode_prompts, read_prompt, read_rows
+from nrt_fast.data import INCOMPLETE, Messages, detokenized, encode_prompts, read_prompt, read_rows
 from nrt_fast.engine import Engine
 from nrt_fast.json_lines import JsonLines, how_ended
 from nrt_fast.resolve import resolve_lengths
@@ -21,7 +21,6 @@ from nrt_fast.types import UserError
 
 TRACES_AT_A_TIME = 256
 STYLES = {"trace": "dim", "answer": ""}
-INCOMPLETE = "\ufffd"  # what a tokenizer makes of bytes that are no character yet
 CONTROLS = {code: INCOMPLETE for code in [*range(32), *range(127, 160)] if chr(code) not in "\t\n"}
 
 
@@ -169,25 +168,3 @@ def show_stream(stream: Iterable[tuple[str, int]], tokenizer, console: Console) 
             shown = True
             console.print(Text(text.translate(CONTROLS), STYLES[kind]), end="", soft_wrap=True)
     console.print()
-
-
-def detokenized(ids: Iterable[int], tokenizer) -> Iterator[str]:
-    """What each id adds to the text. A character of several ids comes with its last one; what stays broken, at the end.
-
-    Only the ids since the last but one complete piece are decoded again: the piece before decides about spaces.
-    """
-    window: list[int] = []
-    num_shown = 0  # ids of the window that are shown already
-
-    def decode(part: list[int]) -> str:
-        return tokenizer.decode(part, skip_special_tokens=True)
-
-    for token in ids:
-        window.append(token)
-        before, now = decode(window[:num_shown]), decode(window)
-        if now.endswith(INCOMPLETE) or len(now) <= len(before):
-            continue
-        yield now[len(before) :]
-        window, num_shown = window[num_shown:], len(window) - num_shown
-    if rest := decode(window)[len(decode(window[:num_shown])) :]:
-        yield rest

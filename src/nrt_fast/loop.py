@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import resource
+import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -19,19 +21,22 @@ from nrt_fast.completions import write_completions
 from nrt_fast.config import TrainConfig
 from nrt_fast.diagnostics import count_tokens, engine_metrics, over_minibatches, rollout_metrics, train_metrics
 from nrt_fast.engine import Thoughts, noise_floor
-from nrt_fast.evaluate import summarise
+from nrt_fast.evaluate import samples, summarise
+from nrt_fast.health import Health
 from nrt_fast.metrics import MetricsFile, Timer, replace_file
 from nrt_fast.optim import learning_rate
 from nrt_fast.pack import loss_tokens, pack
-from nrt_fast.report import Report, Sample
+from nrt_fast.plan import GIB
+from nrt_fast.report import Report
 from nrt_fast.resolve import NUM_PROGRESS
 from nrt_fast.rewards import Rewards, aggregate, reward
 from nrt_fast.run import Run, prepare
 from nrt_fast.signals import stop_requested
 from nrt_fast.train_step import train_step
-from nrt_fast.types import Example, Scores, Traces, UserError
+from nrt_fast.types import Example, Sample, Scores, Traces, UserError
 
 NOISE_PROMPTS = 8
+NUM_SAMPLES = 8
 
 
 @dataclass
@@ -53,7 +58,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
-    samples: list[dict[str, str]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
     def count(self, seconds: dict[str, float], tokens: dict[str, int]) -> None:
         """Add one step's figures."""
@@ -63,7 +68,8 @@ class Progress:
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train as configured; returns what summary.json holds.
+    """Train as configured; returns what summary.json holds, of a run that stopped ``steps`` and ``stopped_on``: the
+    alarms that stopped it.
 
     A run that was stopped goes on from its newest complete checkpoint, and then equals one that never stopped.
 
@@ -80,31 +86,36 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return summary
     with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
         metrics = MetricsFile(output_dir / "metrics.jsonl", progress.step)
+    health = Health(run.config.dtype, metrics.rows)
     with Report(run.config) as report, stop_requested() as stop:
         report.start(run, progress.step)
         if progress.step == 0:
             report.say(f"measuring {len(run.data.heldout):,} held-out items before training")
-            progress.before, samples = evaluate(run)
-            progress.samples = [asdict(sample) for sample in samples]
+            progress.before, before = evaluate(run, num_samples=NUM_SAMPLES)
+            progress.samples = [asdict(sample) for sample in before]
             run.noise = _measure_noise(run)
-        stopping = False
+        stopping, stopped_on = False, []
         while progress.step < num_steps and not stopping:
             progress.step += 1
             row = _told_with_step(run, progress)
             progress.train_seconds += row["step_time"]
+            changes = health.step(row)
             with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
                 metrics.write(row)
             report.step(row)
-            stopping = bool(stop)  # read once: what stops here is saved here
+            for change in changes:
+                report.say(str(change))
+            stopped_on = [change.name for change in changes if change.raised and change.name in run.config.stop_alarms]
+            stopping = bool(stop or stopped_on)  # read once: what stops here is saved here
             if stopping or progress.step % run.config.save_steps == 0 or progress.step == num_steps:
                 _save(run, progress)
         if progress.step < num_steps:
-            report.stopped(progress.step)
-            return {"steps": progress.step}
+            report.stopped(progress.step, stopped_on)
+            return {"steps": progress.step, "stopped_on": stopped_on}
         report.say("measuring them again")
-        after, samples = evaluate(run)
-        summary = _finish(run, progress, after)
-        report.finish(summary, [Sample(**sample) for sample in progress.samples], samples)
+        means, after = evaluate(run, num_samples=NUM_SAMPLES)
+        summary = _finish(run, progress, means, after, health)
+        report.finish(summary, [Sample(**sample) for sample in progress.samples], after)
     return summary
 
 
@@ -216,8 +227,8 @@ def learn(
     return over_minibatches(rows)
 
 
-def evaluate(run: Run, num_items: int | None = None) -> tuple[dict[str, float], list[Sample]]:
-    """Held-out means (those of HeldOut) and three samples; nothing where no item is held out.
+def evaluate(run: Run, num_items: int | None = None, num_samples: int = 0) -> tuple[dict[str, float], list[Sample]]:
+    """Held-out means (those of HeldOut) and the first items as samples; nothing where no item is held out.
 
     One trace for each item, sampled at temperature 1 with the same noise every time.
     """
@@ -226,13 +237,8 @@ def evaluate(run: Run, num_items: int | None = None) -> tuple[dict[str, float], 
         return {}, []
     num_generations = min(1, run.config.num_generations)
     thoughts = think(run, examples, num_generations, 1.0, 0, Timer(), answer_greedily=True)
-    held_out = summarise(examples, thoughts.traces, thoughts.scores, thoughts.answers)
-    decode = run.tokenizer.decode
-    samples = [
-        Sample(example.question, decode(group[0]), decode(answers[0], skip_special_tokens=True), example.answer)
-        for example, group, answers in list(zip(examples, thoughts.traces.trace_ids, thoughts.answers, strict=True))[:3]
-    ]
-    return asdict(held_out), samples
+    measured = examples, thoughts.traces, thoughts.scores, thoughts.answers
+    return asdict(summarise(*measured)), samples(*measured, run.tokenizer, num_samples)
 
 
 def _with_baseline(run: Run, examples: list[Example], scores: Scores) -> Scores:
@@ -265,7 +271,13 @@ def _measure_noise(run: Run) -> float:
 
 
 def _save(run: Run, progress: Progress) -> None:
-    state = {"progress": asdict(progress), "order": run.order.state_dict(), "noise": run.noise}
+    state = {
+        "progress": asdict(progress),
+        "order": run.order.state_dict(),
+        "noise": run.noise,
+        "config": asdict(run.config),
+        "given": run.given,
+    }
     checkpoint.save(
         run.output_dir, progress.step, run.save_model, run.state_tensors(), state, run.config.save_total_limit
     )
@@ -278,8 +290,10 @@ def _summary_of(output_dir: Path, step: int) -> dict[str, Any] | None:
     return summary if summary["steps"] == step else None
 
 
-def _finish(run: Run, progress: Progress, after: dict[str, float]) -> dict[str, Any]:
-    """Write final/ and summary.json."""
+def _finish(
+    run: Run, progress: Progress, after: dict[str, float], samples_after: list[Sample], health: Health
+) -> dict[str, Any]:  # fmt: skip
+    """Write final/, samples.json and, last, summary.json."""
     with checkpoint.atomic_folder(run.output_dir / "final") as folder:
         run.save_model(folder)
     summary = {
@@ -292,14 +306,27 @@ def _finish(run: Run, progress: Progress, after: dict[str, float]) -> dict[str, 
             for phase, tokens in progress.tokens.items()
             if progress.seconds.get(phase)
         },
+        "peak_memory_gib": _peak_memory_bytes(run.model.embed.device) / GIB,
         "noise": run.noise,
+        "health": health.raised,
         "versions": {
             "nrt_fast": nrt_fast.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
         "config": asdict(run.config),
+        "given": run.given,
     }
+    with checkpoint.told_when_full(run.output_dir / "samples.json"):
+        both = {"before": progress.samples, "after": [asdict(sample) for sample in samples_after]}
+        replace_file(run.output_dir / "samples.json", json.dumps(both, ensure_ascii=False) + "\n")
     with checkpoint.told_when_full(run.output_dir / "summary.json"):
         replace_file(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this process has had: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -37,10 +37,14 @@ class MetricsFile:
     Args:
         path: the file, made if absent.
         last_step: lines of later steps, written after the checkpoint that a run resumes from, are cut off.
+
+    Attributes:
+        rows: the lines that were kept.
     """
 
     def __init__(self, path: Path, last_step: int):
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
+        self.rows = list(map(json.loads, kept))
         replace_file(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 

@@ -55,11 +55,15 @@ class AdamW:
             self._arena.take("gradients")
         self.grad.zero_()
 
-    def _accumulate(self, leaf: Tensor) -> None:
+    def gradient(self, leaf: Tensor) -> Tensor:
+        """The leaf's summed gradient, fp32, for what adds to it beside autograd."""
         if self._arena:
             self._arena.check("gradients")
         start = leaf.storage_offset()
-        self.grad[start : start + leaf.numel()].view_as(leaf).add_(leaf.grad)
+        return self.grad[start : start + leaf.numel()].view_as(leaf)
+
+    def _accumulate(self, leaf: Tensor) -> None:
+        self.gradient(leaf).add_(leaf.grad)
         leaf.grad = None
 
     @torch.no_grad()

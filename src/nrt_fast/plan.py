@@ -197,13 +197,12 @@ def _plan_training(
         sizes = replace(sizes, recompute=_least_recompute(shape, dtype, device, batch_tokens, sizes, room, shrink))
     if shrink:
         batch_tokens = min(batch_tokens, max(_most_tokens(training, room), longest))
-    head = "" if sizes.adapter else " and the head's gradient in fp32"
     parts = (
         *static,
         Part("activations", activation_bytes(shape, dtype, device, batch_tokens, sizes),
              f"of a micro-batch of {batch_tokens:,} tokens, {RECOMPUTED[sizes.recompute]}"),
         Part("backward", backward_bytes(shape, dtype, device, batch_tokens, sizes),
-             f"the loss, with logits in chunks{head}; or one layer"),
+             "the loss, with logits in chunks; or one layer"),
     )  # fmt: skip
     # What training takes is free while traces are sampled and scored, and the other way round.
     passes = pass_bytes(shape, dtype, device, sizes)
@@ -310,8 +309,7 @@ def backward_bytes(shape: ModelConfig, dtype: str, device: str, num_tokens: int,
     # Beside an adapter the inner product's gradient has two parts, which autograd adds up.
     num_inner = 3 if sizes.adapter else 2
     gradients = DTYPE_BYTES[dtype] * (2 * shape.hidden_size + num_inner * shape.intermediate_size)
-    loss = loss_bytes(shape, dtype, device, num_tokens, head_is_constant=bool(sizes.adapter))
-    return max(loss, num_tokens * (recomputed + gradients))
+    return max(loss_bytes(shape, dtype, device, num_tokens), num_tokens * (recomputed + gradients))
 
 
 def _gathered_share(sizes: Sizes) -> float:
@@ -320,11 +318,9 @@ def _gathered_share(sizes: Sizes) -> float:
     return (sizes.prompt * (1 + sizes.num_generations) + own) / (sizes.prompt + own)
 
 
-def loss_bytes(shape: ModelConfig, dtype: str, device: str, num_tokens: int, head_is_constant: bool = False) -> int:
-    """The head's gradient in fp32, then a chunk of logits or that gradient in the weights' dtype; the hidden states."""
-    item, D, V = DTYPE_BYTES[dtype], shape.hidden_size, shape.vocab_size
-    logits, hidden = _logit_bytes(shape, device, num_tokens), 2 * item * D * num_tokens
-    return logits + hidden if head_is_constant else 4 * V * D + max(logits, item * V * D) + hidden
+def loss_bytes(shape: ModelConfig, dtype: str, device: str, num_tokens: int) -> int:
+    """A chunk of logits; the hidden states and their gradients. The head's gradient is summed in place."""
+    return _logit_bytes(shape, device, num_tokens) + 2 * DTYPE_BYTES[dtype] * shape.hidden_size * num_tokens
 
 
 def pass_bytes(shape: ModelConfig, dtype: str, device: str, sizes: Sizes) -> int:

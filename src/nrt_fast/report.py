@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -15,7 +15,9 @@ from rich.text import Text
 
 from nrt_fast.config import TrainConfig
 from nrt_fast.data import show_example
+from nrt_fast.health import ALARMS
 from nrt_fast.trackers import find_trackers
+from nrt_fast.types import Sample
 
 if TYPE_CHECKING:
     from nrt_fast.run import Run
@@ -30,16 +32,7 @@ COLUMNS = {
     "tokens/s": "perf/tokens_per_second",
 }
 SPARK = "▁▂▃▄▅▆▇█"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One held-out item as the model handled it."""
-
-    question: str
-    trace: str
-    answer: str
-    reference: str
+NUM_SHOWN = 3
 
 
 class Report:
@@ -125,34 +118,47 @@ class Report:
                 table.add_row(label, f"{values[-1]:.4g}", Text(_spark(values), "cyan"))
         return Panel(Group(table, self.bar), title=f"nrt-fast: {self.config.objective}", title_align="left")
 
-    def stopped(self, step: int) -> None:
-        """Say that the run was stopped and saved."""
+    def stopped(self, step: int, stopped_on: list[str]) -> None:
+        """Say that the run was stopped, by which alarms if by any, and saved."""
         self.live.stop()
-        self.say(f"stopped after step {step}, saved; the same command goes on from there")
+        why = f" on {', '.join(stopped_on)}" if stopped_on else ""
+        self.say(f"stopped{why} after step {step}, saved; the same command goes on from there")
 
     def finish(self, summary: dict[str, Any], before: list[Sample], after: list[Sample]) -> None:
         """The before/after table, and the same held-out items before and after."""
         self.live.stop()
         if summary["after"]:
             self.console.print(_summary_table(summary))
-        for old, new in zip(before, after, strict=True):
+        for old, new in list(zip(before, after, strict=True))[:NUM_SHOWN]:
             self.say(Text.assemble("\n", (old.question, "bold"), f"   (reference: {old.reference})"))
             for label, sample in (("before", old), ("after", new)):
                 self.say(Text.assemble(f"  {label:>6}: {sample.trace} ", ("|", "magenta"), f" {sample.answer}"))
+        for name, alarm in summary["health"].items():
+            steps = f"steps {alarm['first_step']} to {alarm['last_step']}"
+            self.say(f"health: {name}, {steps}: {alarm['message']}; {ALARMS[name].advice}")
         self.say(
             f"\n{summary['steps']} steps, {summary['train_seconds']:.0f} s of training; model in "
-            f"{self.config.output_dir}/final, figures in {self.config.output_dir}/summary.json"
+            f"{self.config.output_dir}/final, figures in {self.config.output_dir}/summary.json; "
+            f"nrt-fast report {shlex.quote(self.config.output_dir)} draws them"
         )
 
 
 def _summary_table(summary: dict[str, Any]) -> Table:
-    table = Table(title=f"{summary['after']['num_items']:,} held-out items, traces sampled, answers greedy")
+    table = Table(
+        title=f"{summary['after']['num_items']:,} held-out items, traces sampled, answers greedy (± standard error)"
+    )
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, after in summary["after"].items():
-        if name != "num_items":
-            table.add_row(name.replace("_", " "), f"{summary['before'][name]:.3f}", f"{after:.3f}")
+    for name in summary["after"]:
+        if name != "num_items" and not name.endswith("_error"):
+            table.add_row(name.replace("_", " "), *(_figure(summary[when], name) for when in ("before", "after")))
     return table
+
+
+def _figure(means: dict[str, float], name: str) -> str:
+    """A mean, with its standard error where it has one."""
+    error = means.get(f"{name}_error")
+    return f"{means[name]:.3f}" if error is None else f"{means[name]:.3f} ± {error:.3f}"
 
 
 def _spark(values: list[float], width: int = 48) -> str:

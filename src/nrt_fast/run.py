@@ -39,7 +39,7 @@ EMA_DECAY = 0.999
 # Fields that may change when a run goes on: they do not decide what its steps compute.
 FREE_FIELDS = {
     "output_dir", "max_steps", "num_train_epochs", "max_tokens_per_batch", "recompute", "save_steps",
-    "save_total_limit", "logging_steps", "report_to", "resume_from_checkpoint",
+    "save_total_limit", "logging_steps", "stop_on", "report_to", "resume_from_checkpoint",
 }  # fmt: skip
 
 
@@ -71,6 +71,7 @@ class Run:
 
     Attributes:
         config: without a field left open, but for those that are None by meaning.
+        given: the fields that its user set.
         objective: the choices of the method.
         source: folder of the tokenizer.
         frozen: initial weights (frozen baseline, KL), or None where nothing reads them.
@@ -80,6 +81,7 @@ class Run:
     """
 
     config: TrainConfig
+    given: dict[str, Any]
     objective: Objective
     source: Path
     tokenizer: Any
@@ -167,6 +169,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
         UserError: anything that cannot work, before anything is written.
     """
     config.check()
+    given = config.given
     find_trackers(config)
     if config.use_peft:
         check_peft()
@@ -200,6 +203,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     model = engine.model
     return Run(
         config=config,
+        given=given,
         objective=objective,
         source=source.tokenizer_folder,
         tokenizer=source.tokenizer,

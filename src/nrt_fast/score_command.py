@@ -9,19 +9,16 @@ from rich.console import Console
 from torch import Tensor
 
 from nrt_fast.config import STD_FLOOR, Objective, Reward, ScoreConfig
-from nrt_fast.data import Limits, load_heldout
 from nrt_fast.engine import Engine, Thoughts, noise_floor
-from nrt_fast.json_lines import JsonLines, how_ended
-from nrt_fast.resolve import resolve_lengths
+from nrt_fast.heldout import item_fields, number, numbers, open_heldout, think_in_parts, trace_fields
+from nrt_fast.json_lines import JsonLines
 from nrt_fast.rewards import Rewards, aggregate, reward
 from nrt_fast.score_report import Scored, Summary, cost_line, summarise, tables, verdict
 from nrt_fast.signals import stop_requested
-from nrt_fast.source import choose_scale, open_source
 from nrt_fast.types import Example, Scores
 
 KINDS = get_args(Reward)
 WEIGHTED = ("am", "ws_inv", "ws_log", "r3")  # whose answer tokens differ in weight
-TRACES_AT_A_TIME = 256
 NOISE_PROMPTS = 8
 
 
@@ -33,25 +30,16 @@ def score_dataset(config: ScoreConfig) -> Summary:
     """
     config.check()
     console = Console(highlight=False, soft_wrap=True)
-    source = open_source(config)
-    scale = choose_scale(config, source.device)
-    config = resolve_lengths(config, scale, source.shape.max_position_embeddings)
-    limits = Limits(
-        config.max_prompt_length, config.max_answer_length, config.overlong_prompts, config.overlong_answers
-    )
-    examples, lines = load_heldout(config, source.tokenizer, limits, config.num_prompts or scale.heldout)
-    plan = source.plan(config)
-    for line in (*lines, str(plan)):
-        console.print(line, markup=False)
+    heldout = open_heldout(config, lambda line: console.print(line, markup=False))
+    config, examples, tokenizer = heldout.config, heldout.examples, heldout.source.tokenizer
     with JsonLines(config.output_file) as file, stop_requested() as stop:
-        engine = source.engine(config, plan.cache_bytes)
+        engine = heldout.engine()
         noise = measure_noise(engine, list(islice(examples, NOISE_PROMPTS)))
         scored, before = Scored(), engine.counters.score_tokens
-        for part in _parts(examples, max(1, TRACES_AT_A_TIME // config.num_generations)):
-            thoughts = _think(engine, part, config)
+        for part, thoughts in think_in_parts(engine, examples, config):
             rewards = all_rewards(thoughts, noise, [example.where for example in part])
             for index, example in enumerate(part):
-                file.write(item_row(example, index, thoughts, rewards, source.tokenizer, config, engine.eos_ids))
+                file.write(item_row(example, index, thoughts, rewards, tokenizer, config, engine.eos_ids))
             scored.add(part, thoughts.traces, thoughts.scores, rewards)
             if stop:
                 break
@@ -64,24 +52,6 @@ def score_dataset(config: ScoreConfig) -> Summary:
     console.print(f"items, traces and scores are in {config.output_file}", markup=False)
     console.print(verdict(summary), markup=False, style="bold")
     return summary
-
-
-def _parts(examples, size: int):
-    rest = iter(examples)
-    return iter(lambda: list(islice(rest, size)), [])
-
-
-def _think(engine: Engine, examples: list[Example], config: ScoreConfig) -> Thoughts:
-    return engine.think(
-        [example.prompt_ids for example in examples],
-        [example.answer_ids for example in examples],
-        [example.uid for example in examples],
-        num_generations=config.num_generations,
-        max_trace_length=config.max_trace_length,
-        temperature=config.temperature,
-        seed=config.seed,
-        step=0,
-    )
 
 
 def measure_noise(engine: Engine, examples: list[Example]) -> dict[str, float]:
@@ -112,42 +82,16 @@ def item_row(
     eos_ids: tuple[int, ...],
 ) -> dict[str, Any]:  # fmt: skip
     """An item's line: the answer's tokens with log b, and each trace with log c, its token weights and its rewards."""
-    traces, scores = thoughts.traces, thoughts.scores
+    traces = trace_fields(thoughts, index, tokenizer, config, eos_ids)
     return {
-        "uid": example.uid,
-        "where": example.where,
-        "question": example.question,
-        "answer": example.answer,
-        "prompt_ids": example.prompt_ids,
-        "answer_ids": example.answer_ids,
-        "answer_tokens": [tokenizer.decode([token]) for token in example.answer_ids],
-        "hard_positions": example.hard_positions,
-        "baseline_logprobs": _numbers(scores.baseline_logprobs[index]),
-        "baseline_rewards": {kind: _number(rewards[kind].base[index]) for kind in KINDS},
+        **item_fields(example, thoughts.scores.baseline_logprobs[index], tokenizer),
+        "baseline_rewards": {kind: number(rewards[kind].base[index]) for kind in KINDS},
         "traces": [
-            {
-                "trace_ids": ids,
-                "trace": tokenizer.decode(ids),
-                "ended": how_ended(ids, end, eos_ids, config.max_trace_length),
-                "logprobs": [_number(logprob) for logprob in logprobs],
-                "delimiter_logprob": None if end is None else _number(end),
-                "answer_logprobs": _numbers(scores.logprobs[index][number]),
-                "answer_weights": {
-                    kind: _numbers(rewards[kind].answer_weights[index][number]) for kind in WEIGHTED
-                },
-                "rewards": {kind: _number(rewards[kind].reward[index][number]) for kind in KINDS},
+            trace
+            | {
+                "answer_weights": {kind: numbers(rewards[kind].answer_weights[index][g]) for kind in WEIGHTED},
+                "rewards": {kind: number(rewards[kind].reward[index][g]) for kind in KINDS},
             }
-            for number, (ids, logprobs, end) in enumerate(zip(
-                traces.trace_ids[index], traces.logprobs[index], traces.delimiter_logprobs[index], strict=True
-            ))
+            for g, trace in enumerate(traces)
         ],
-    }  # fmt: skip
-
-
-def _numbers(values: Tensor) -> list[float]:
-    return [_number(value) for value in values.tolist()]
-
-
-def _number(value: float | Tensor) -> float:
-    """Seven digits, as fp32 has; 0 without a sign."""
-    return float(f"{float(value):.7g}") + 0.0
+    }

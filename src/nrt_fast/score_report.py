@@ -8,22 +8,14 @@ from typing import NamedTuple
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
-from nrt_fast.evaluate import hard_positions
+from nrt_fast.evaluate import Estimate, clustered_mean, hard_positions
 from nrt_fast.metrics import mean
 from nrt_fast.rewards import Rewards
 from nrt_fast.types import Example, Scores, Traces
 
 MIN_ITEMS = 10  # fewer say nothing
 DEFAULT_REWARD = "ws_log"
-
-
-class Estimate(NamedTuple):
-    """A mean, and its standard error over items (NaN of fewer than two)."""
-
-    mean: float
-    error: float
 
 
 class ScoringCost(NamedTuple):
@@ -139,22 +131,6 @@ def summarise(scored: Scored) -> Summary:
         rewards={kind: _reward_figures(parts) for kind, parts in scored.rewards.items()},
         cost=ScoringCost(*map(sum, zip(*costs, strict=True))),
     )
-
-
-def clustered_mean(values: list[Tensor]) -> Estimate:
-    """Mean of all values of all items, with a standard error that takes the values of one item for dependent.
-
-    It is the linearised variance of a ratio of sums: what varies from item to item is the item.
-    """
-    sums = torch.tensor([float(item.sum()) for item in values], dtype=torch.float64)
-    counts = torch.tensor([float(item.numel()) for item in values], dtype=torch.float64)
-    if counts.sum() == 0:
-        return Estimate(math.nan, math.nan)
-    ratio, P = sums.sum() / counts.sum(), len(values)
-    if P < 2:
-        return Estimate(float(ratio), math.nan)
-    residual = (sums - ratio * counts).square().sum() * P / (P - 1)
-    return Estimate(float(ratio), float(residual.sqrt() / counts.sum()))
 
 
 def _reward_figures(parts: list[Rewards]) -> RewardFigures:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nrt_fast import ops
 from nrt_fast.config import Objective
-from nrt_fast.fused_loss import linear_logprob_loss
 from nrt_fast.model import Model
 from nrt_fast.optim import AdamW
 from nrt_fast.types import ANSWER, FORMAT, TRACE, BatchTokens, LossTokens, PackedBatch, UserError
@@ -63,12 +62,16 @@ def train_step(
     for batch in batches:
         old_A = None if on_policy else batch.loss.old_logprobs_A
         reference_A = None if reference is None else _reference_logprobs(reference, batch)
-        hidden_TD = model.packed(batch, recompute)
-        loss, logprob_B, entropy_B = _loss(hidden_TD, model.head, batch, old_A, reference_A, objective, scale)
-        loss.backward()
+        hidden_AD = model.packed(batch, recompute).index_select(0, batch.hidden_A)
+        # Straight into the fp32 sum: the head's gradient, the largest of all, is never stored by itself.
+        grad_head_VD = optimizer.gradient(model.head) if model.head.requires_grad else None
+        loss, logprob_B, entropy_B, grad_AD = _loss(
+            hidden_AD, model.head, batch.loss, old_A, reference_A, grad_head_VD, objective, scale
+        )
+        hidden_AD.backward(grad_AD)
         parts.append(torch.stack([logprob_B, entropy_B]))
         measured = _terms(logprob_B, entropy_B, batch.loss, old_A, reference_A, objective)
-        terms.append({"total": loss.detach()} | {name: scale * term for name, term in measured.items()})
+        terms.append({"total": loss} | {name: scale * term for name, term in measured.items()})
     # Nothing is read before this point, so that the host can run ahead of a GPU.
     sums = {name: sum(float(part.get(name, 0.0)) for part in terms) for name in TERMS}
     logprobs_A, entropy_A = torch.full((2, len(tokens.targets_A)), math.nan)
@@ -92,20 +95,21 @@ def _reference_logprobs(reference: Model, batch: PackedBatch) -> Tensor:
 
 
 def _loss(
-    hidden_TD: Tensor, head_VD: Tensor, batch: PackedBatch, old_A: Tensor | None, reference_A: Tensor | None,
-    objective: Objective, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The batch's part of the step's loss, what is differentiated; log-probability and entropy of its tokens."""
-    tokens, trace_loss = batch.loss, objective.trace_loss
-    return linear_logprob_loss(
-        hidden_TD.index_select(0, batch.hidden_A),
-        head_VD,
+    hidden_AD: Tensor, head_VD: Tensor, tokens: BatchTokens, old_A: Tensor | None, reference_A: Tensor | None,
+    grad_head_VD: Tensor | None, objective: Objective, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The batch's part of the step's loss; log-probability, entropy and gradient of the hidden state of its tokens."""
+    trace_loss = objective.trace_loss
+    return ops.linear_logprob_loss(
+        hidden_AD.detach(),
+        head_VD.detach(),
         tokens.targets_A,
         tokens.inv_temperature_A,
         tokens.weight_A,
         tokens.kind_A == TRACE,
         old_A,
         reference_A,
+        grad_head_VD,
         "reinforce" if trace_loss == "none" else trace_loss,  # without a trace loss no token is under it
         1 - objective.epsilon,
         1 + objective.epsilon_high,

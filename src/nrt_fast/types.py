@@ -34,6 +34,7 @@ class Example:
         question: the question as shown to people.
         answer: the answer as shown to people.
         where: "file, row N", for messages.
+        aliases: other answers that are right as well; evaluation alone reads them.
     """
 
     uid: int
@@ -43,6 +44,7 @@ class Example:
     question: str
     answer: str
     where: str
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,31 @@ class Scores:
 
     logprobs: list[list[Tensor]]
     baseline_logprobs: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out item as the model handled it, for people.
+
+    Attributes:
+        trace, answer: sampled trace and the greedy answer after it.
+        reference: the answer that the data has.
+        trace_tokens, trace_logprobs: text of each sampled id, and its log-probability.
+        reference_tokens: text of each id of the reference answer, EOS included.
+        log_b, log_c: their log-probabilities without and with the trace.
+        hard_positions: those of them that count as hard.
+    """
+
+    question: str
+    trace: str
+    answer: str
+    reference: str
+    trace_tokens: list[str]
+    trace_logprobs: list[float]
+    reference_tokens: list[str]
+    log_b: list[float]
+    log_c: list[float]
+    hard_positions: list[int]
 
 
 @dataclass(frozen=True)

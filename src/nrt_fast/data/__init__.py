@@ -8,10 +8,20 @@ from nrt_fast.data.read import Row, read_rows
 from nrt_fast.data.render import encode_prompts, render
 from nrt_fast.data.schema import Messages, Pair, Schema, detect_schema, read_prompt
 from nrt_fast.data.show import show_example
-from nrt_fast.data.tokenizer import Delimiter, check_vocabulary, choose_delimiter, has_tokenizer, load_tokenizer
+from nrt_fast.data.tokenizer import (
+    INCOMPLETE,
+    Delimiter,
+    check_vocabulary,
+    choose_delimiter,
+    detokenized,
+    has_tokenizer,
+    load_tokenizer,
+    text_of_each,
+)
 
 __all__ = [
-    "Data", "Delimiter", "Examples", "Limits", "Loader", "Messages", "Order", "Pair", "Row", "Schema",
-    "check_vocabulary", "choose_delimiter", "detect_schema", "encode_prompts", "has_tokenizer", "load_data",
-    "load_heldout", "load_tokenizer", "read_prompt", "read_rows", "render", "show_example", "split_heldout",
+    "INCOMPLETE", "Data", "Delimiter", "Examples", "Limits", "Loader", "Messages", "Order", "Pair", "Row", "Schema",
+    "check_vocabulary", "choose_delimiter", "detect_schema", "detokenized", "encode_prompts", "has_tokenizer",
+    "load_data", "load_heldout", "load_tokenizer", "read_prompt", "read_rows", "render", "show_example",
+    "split_heldout", "text_of_each",
 ]  # fmt: skip

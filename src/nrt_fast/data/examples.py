@@ -26,10 +26,9 @@ class Examples(Sequence[Example]):
 
     def extend(self, examples: Iterable[Example]) -> None:
         """Append examples."""
-        self._rows.extend(
-            (e.uid, array("i", e.prompt_ids), array("i", e.answer_ids), e.hard_positions, e.question, e.answer, e.where)
-            for e in examples
-        )
+        for e in examples:
+            ids = array("i", e.prompt_ids), array("i", e.answer_ids)
+            self._rows.append((e.uid, *ids, e.hard_positions, e.question, e.answer, e.where, e.aliases))
 
     @classmethod
     def join(cls, parts: Iterable["Examples"]) -> "Examples":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nrt_fast.config import ScoreConfig, TrainConfig, split_names
+from nrt_fast.config import HeldoutFields, TrainConfig, split_names
 from nrt_fast.data.examples import HELDOUT_KEY, Examples, split_heldout
 from nrt_fast.data.limits import Limiter, Limits
 from nrt_fast.data.order import permutation
@@ -49,6 +49,7 @@ class Loader:
         prompt_field: field of the question, as a dotted path; detected if None.
         answer_field: field of the reference answer, as a dotted path; detected if None.
         chat_template_kwargs: extra arguments of the chat template.
+        first_uid: uid of the first row.
 
     Attributes:
         lines: what was detected, dropped and cut, for people.
@@ -64,13 +65,14 @@ class Loader:
         prompt_field: str | None = None,
         answer_field: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        first_uid: int = 0,
     ):
         if chat_template_kwargs and tokenizer.chat_template is None:
             raise UserError("chat_template_kwargs cannot take effect: the tokenizer has no chat template")
         self.tokenizer, self.limits, self.chat_template_kwargs = tokenizer, limits, chat_template_kwargs
         self.prompt_field, self.answer_field = prompt_field, answer_field
         self.lines: list[str] = []
-        self._num_rows = 0
+        self._next_uid = first_uid
 
     def load(self, name: str, rows: Iterator[Row]) -> Examples:
         """Read one data set to its end.
@@ -86,9 +88,9 @@ class Loader:
         limiter, examples = Limiter(self.limits, self.tokenizer.bos_token_id), Examples()
         for batch in chain([first], batches):
             pairs = [schema.pair(row) for row in batch]
-            rendered = render(pairs, self.tokenizer, self._num_rows, self.chat_template_kwargs)
+            rendered = render(pairs, self.tokenizer, self._next_uid, self.chat_template_kwargs)
             examples.extend(filter(None, map(limiter.fit, rendered)))
-            self._num_rows += len(batch)
+            self._next_uid += len(batch)
         if not examples:
             raise UserError(f"{name}: {limiter.describe_nothing_left()}")
         self.lines += [f"{name}: {limiter.num_rows:,} rows, {schema}", *limiter.lines()]
@@ -127,9 +129,11 @@ def load_data(config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", limits:
 
 
 def load_heldout(
-    config: ScoreConfig, tokenizer: "PreTrainedTokenizerBase", limits: Limits, num_prompts: int
+    config: HeldoutFields, tokenizer: "PreTrainedTokenizerBase", limits: Limits, num_prompts: int
 ) -> tuple[Examples, list[str]]:
     """What a run on the same data with the same seed holds out; every row where there are no more of them.
+
+    Their uids are those of the run too, so that the same traces are sampled for them.
 
     Returns:
         (examples, what was detected, dropped and cut).
@@ -137,8 +141,10 @@ def load_heldout(
     Raises:
         UserError: data that cannot be used; see Loader.
     """
-    loader = Loader(tokenizer, limits, config.prompt_field, config.answer_field, config.chat_template_kwargs)
+    fields = config.prompt_field, config.answer_field, config.chat_template_kwargs
     sources = _sources(config.dataset_name, config.dataset_train_split)
+    # A run numbers the rows of the built-in tasks that it trains on first.
+    loader = Loader(tokenizer, limits, *fields, first_uid=0 if sources else NUM_BUILTIN_ROWS)
     if sources:
         examples = Examples.join([loader.load(*source) for source in sources])
         chosen = permutation(len(examples), config.seed, HELDOUT_KEY)[-num_prompts:]

@@ -37,7 +37,7 @@ def render(
     prompts = encode_prompts(conversations, tokenizer, chat_template_kwargs, where)
     answers = encode_answers(pairs, tokenizer)
     return [
-        Example(first_uid + index, prompt_ids, answer_ids, hard, pair.question, pair.answer, pair.where)
+        Example(first_uid + index, prompt_ids, answer_ids, hard, pair.question, pair.answer, pair.where, pair.aliases)
         for index, (pair, prompt_ids, (answer_ids, hard)) in enumerate(zip(pairs, prompts, answers, strict=True))
     ]
 

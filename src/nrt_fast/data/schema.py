@@ -33,12 +33,14 @@ class Pair:
         answer: the reference answer.
         hard_spans: [start, end) character spans of the answer that the data declares hard, or None.
         where: "file, row N".
+        aliases: other answers that are right as well.
     """
 
     messages: Messages
     answer: str
     hard_spans: list[tuple[int, int]] | None
     where: str
+    aliases: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -68,7 +70,7 @@ class Schema:
         if self.answer is not None:
             turns = _without_last_answer(turns) + _answer_turns(row, self.answer)
         messages, answer = _split_at_answer(turns, row.where, self.answer or self.prompt)
-        return Pair(messages, answer, _hard_spans(row, answer), row.where)
+        return Pair(messages, answer, _hard_spans(row, answer), row.where, _aliases(row))
 
     def matches(self, row: Row) -> bool:
         """Whether the row has values in these fields."""
@@ -204,3 +206,12 @@ def _hard_spans(row: Row, answer: str) -> list[tuple[int, int]] | None:
     if any(not 0 <= start < end <= len(answer) for start, end in spans):
         raise UserError(f"{row.where}: hard_spans go beyond the answer's {len(answer)} characters")
     return spans
+
+
+def _aliases(row: Row) -> tuple[str, ...]:
+    aliases = row.fields.get("aliases")
+    if aliases is None:
+        return ()
+    if not isinstance(aliases, list):
+        raise UserError(f"{row.where}: field 'aliases' holds {type(aliases).__name__}, a list of texts is expected")
+    return tuple(_text(alias, row.where, f"aliases[{index}]") for index, alias in enumerate(aliases))

@@ -1,6 +1,7 @@
 """The tokenizer, and the one token of it that ends a trace."""
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ RESERVED = re.compile(r"(<\|?|\[)(reserved|reserved_special_token|unused|control
 """Llama 3's <|reserved_special_token_0|>, Mistral's [control_8] and <SPECIAL_20>, Gemma's <unused0>, ..."""
 PLAIN = ("###", "---", "***", "===", "=>", "##", "~", "#")
 """Rare enough in text to end a trace."""
+INCOMPLETE = "\ufffd"  # what a tokenizer makes of bytes that are no character yet
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -98,6 +100,43 @@ def choose_delimiter(
         )
     tokenizer.add_tokens([END_OF_THINKING], special_tokens=True)
     return Delimiter(tokenizer.convert_tokens_to_ids(END_OF_THINKING), END_OF_THINKING, added=True)
+
+
+def detokenized(ids: Iterable[int], tokenizer) -> Iterator[str]:
+    """What each id adds to the text. A character of several ids comes with its last one; what stays broken, at the end.
+
+    Only the ids since the last but one complete piece are decoded again: the piece before decides about spaces.
+    """
+    window: list[int] = []
+    num_shown = 0  # ids of the window that are shown already
+
+    def decode(part: list[int]) -> str:
+        return tokenizer.decode(part, skip_special_tokens=True)
+
+    for token in ids:
+        window.append(token)
+        before, now = decode(window[:num_shown]), decode(window)
+        if now.endswith(INCOMPLETE) or len(now) <= len(before):
+            continue
+        yield now[len(before) :]
+        window, num_shown = window[num_shown:], len(window) - num_shown
+    if rest := decode(window)[len(decode(window[:num_shown])) :]:
+        yield rest
+
+
+def text_of_each(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """What each id adds to the text: the name of a special token, "" of an id that completes no character."""
+    texts: list[str] = []
+
+    def taken() -> Iterator[int]:
+        for token in ids:
+            texts.append("")
+            yield token
+
+    for text in detokenized(taken(), tokenizer):
+        texts[-1] += text
+    special = set(tokenizer.all_special_ids)
+    return [tokenizer.convert_ids_to_tokens(i) if i in special else text for i, text in zip(ids, texts, strict=True)]
 
 
 def reserved_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:

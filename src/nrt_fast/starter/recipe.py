@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,9 @@ IGNORE = -100
 NUM_ROWS, ROW_LENGTH = 12, 192
 LESSON_SHARE = 0.6
 MAX_LENGTH = 256
+Families = dict[str, type[tasks.Problem]]
+Think = Callable[[random.Random, tasks.Problem, dict[str, int]], tuple[str, list[str]]]
+"""(rng, problem, percentages of styles) -> a trace, and the hard words of the answer that it leads to."""
 
 
 def ramble(rng: random.Random) -> str:
@@ -80,17 +83,20 @@ def think(rng: random.Random, problem: tasks.Problem, styles: dict[str, int]) ->
     return "so " + " , ".join(lines), results
 
 
-def document(rng: random.Random, problem: tasks.Problem, styles: dict[str, int]) -> tuple[str, str]:
+def document(
+    rng: random.Random, problem: tasks.Problem, styles: dict[str, int], think: Think = think
+) -> tuple[str, str]:
     """Write one document as (prompt, continuation)."""
     trace, hard_words = think(rng, problem, styles)
     answer = problem.sentence.format(*hard_words)
     return f"{BOS} {problem.question} {THINK}", " ".join(f"{trace} {END} {answer} {EOS}".split())
 
 
-def build_tokenizer() -> Tokenizer:
+def build_tokenizer(families: Families = tasks.FAMILIES, think: Think = think) -> Tokenizer:
     """Give every word of the documents an id of its own."""
-    rng, source = random.Random(0), tasks.problems("train", 0)
-    words = {word for _ in range(20_000) for text in document(rng, next(source)[1], HABITS) for word in text.split()}
+    rng, source = random.Random(0), tasks.problems("train", 0, families)
+    documents = (document(rng, next(source)[1], HABITS, think) for _ in range(20_000))
+    words = {word for texts in documents for text in texts for word in text.split()}
     vocabulary = {word: index for index, word in enumerate(SPECIAL_TOKENS + sorted(words - set(SPECIAL_TOKENS)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -98,16 +104,16 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def build_model(vocab_size: int) -> LlamaForCausalLM:
-    """Make the untrained starter: 0.7 M parameters in four layers."""
+def build_model(vocab_size: int, width: int = 128) -> LlamaForCausalLM:
+    """Make an untrained model of four layers, with heads of 32; the starter has 0.7 M parameters."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
-            hidden_size=128,
-            intermediate_size=256,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 32,
             max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
             bos_token_id=SPECIAL_TOKENS.index(BOS),
@@ -128,12 +134,14 @@ def packed_row(documents: Iterator[tuple[str, str]], vocabulary: dict[str, int])
     return row[:ROW_LENGTH]
 
 
-def batches(vocabulary: dict[str, int], num_steps: int, seed: int) -> Iterator[torch.Tensor]:
+def batches(
+    vocabulary: dict[str, int], num_steps: int, seed: int, families: Families = tasks.FAMILIES, think: Think = think
+) -> Iterator[torch.Tensor]:
     """Draw a batch for every step, [3, NUM_ROWS, ROW_LENGTH]: ids, positions, labels; lessons first, then habits."""
-    rng, source = random.Random(seed), tasks.problems("train", seed)
+    rng, source = random.Random(seed), tasks.problems("train", seed, families)
     for step in range(num_steps):
         styles = LESSONS if step < LESSON_SHARE * num_steps else HABITS
-        documents = (document(rng, problem, styles) for _, problem in source)
+        documents = (document(rng, problem, styles, think) for _, problem in source)
         yield torch.tensor([packed_row(documents, vocabulary) for _ in range(NUM_ROWS)]).permute(2, 0, 1)
 
 
@@ -152,11 +160,14 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
     return min((step + 1) / 50, 0.525 + 0.475 * math.cos(math.pi * step / num_steps))
 
 
-def pretrain(model: LlamaForCausalLM, vocabulary: dict[str, int], num_steps: int, seed: int) -> None:
+def pretrain(
+    model: LlamaForCausalLM, vocabulary: dict[str, int], num_steps: int, seed: int,
+    families: Families = tasks.FAMILIES, think: Think = think,
+) -> None:  # fmt: skip
     """Train with plain cross-entropy on documents that are drawn freshly for every step."""
     optimizers = build_optimizers(model)
     schedulers = [LambdaLR(optimizer, partial(learning_rate_factor, num_steps=num_steps)) for optimizer in optimizers]
-    for step, (ids_RT, positions_RT, labels_RT) in enumerate(batches(vocabulary, num_steps, seed)):
+    for step, (ids_RT, positions_RT, labels_RT) in enumerate(batches(vocabulary, num_steps, seed, families, think)):
         loss = model(input_ids=ids_RT, position_ids=positions_RT, use_cache=False, labels=labels_RT).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -189,20 +200,28 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, output_dir: Path) -> Non
     (output_dir / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(), indent=2) + "\n")
 
 
+def build(
+    output_dir: Path, num_steps: int, seed: int, width: int = 128, families: Families = tasks.FAMILIES,
+    think: Think = think,
+) -> None:  # fmt: skip
+    """Build a model from nothing: the starter by default, or one that knows other problems and habits."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+    tokenizer = build_tokenizer(families, think)
+    model = build_model(tokenizer.get_vocab_size(), width)
+    pretrain(model, tokenizer.get_vocab(), num_steps, seed, families, think)
+    save(model, tokenizer, output_dir)
+
+
 def main() -> None:
-    """Build the starter from nothing."""
+    """Build the starter."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=MODEL_DIR)
     parser.add_argument("--num_steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(2)
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(True)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer.get_vocab_size())
-    pretrain(model, tokenizer.get_vocab(), args.num_steps, args.seed)
-    save(model, tokenizer, args.output_dir)
+    build(args.output_dir, args.num_steps, args.seed)
 
 
 if __name__ == "__main__":

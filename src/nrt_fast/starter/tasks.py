@@ -214,12 +214,12 @@ def split_of(question: str) -> Split:
     return "heldout" if zlib.crc32(question.encode()) % HELDOUT_EVERY == 0 else "train"
 
 
-def problems(split: Split, seed: int) -> Iterator[tuple[str, Problem]]:
+def problems(split: Split, seed: int, families: dict[str, type[Problem]] = FAMILIES) -> Iterator[tuple[str, Problem]]:
     """Draw (family, problem) pairs of one split without end."""
     rng = random.Random(f"{split} {seed}")
     while True:
-        family = rng.choice(list(FAMILIES))
-        problem = FAMILIES[family].draw(rng)
+        family = rng.choice(list(families))
+        problem = families[family].draw(rng)
         if split_of(problem.question) == split:
             yield family, problem
 
@@ -235,7 +235,7 @@ def row(family: str, problem: Problem) -> dict:
     return {"question": problem.question, "answer": answer, "family": family, "hard_spans": spans[:-1]}
 
 
-def rows(split: Split, num_rows: int, seed: int) -> list[dict]:
+def rows(split: Split, num_rows: int, seed: int, families: dict[str, type[Problem]] = FAMILIES) -> list[dict]:
     """Make `num_rows` rows, the same for the same arguments on every machine.
 
     Train and held-out questions are disjoint, and no held-out question comes twice.
@@ -245,7 +245,7 @@ def rows(split: Split, num_rows: int, seed: int) -> list[dict]:
     """
     made: list[dict] = []
     seen: set[str] = set()
-    source = problems(split, seed)
+    source = problems(split, seed, families)
     while len(made) < num_rows:
         family, problem = next(source)
         if split == "train" or problem.question not in seen:
