@@ -3,9 +3,10 @@
     python bench/gate.py RUN.json              exit code 1 if something became slower
     python bench/gate.py RUN.json --write      make this run the committed one
 
-RUN.json is pytest-benchmark's. A ratio is our time over a peer's (or over the bare matrix product's) from one run, so
-it depends on the machine far less than the times do; it may rise to THRESHOLD times the committed value. Absolute times
-are compared only on the machine of the committed run (processor, cores, versions), with ABSOLUTE_THRESHOLD.
+RUN.json is pytest-benchmark's. A ratio is our time over a peer's (or over the bare matrix product's) from one run; it
+may rise to THRESHOLD times the committed value. Every kind of processor has committed figures of its own, since a ratio
+on one tells little of another (docs/LOG.md). Absolute times are compared where cores and versions agree too, with
+ABSOLUTE_THRESHOLD.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 THRESHOLD = 1.25
 ABSOLUTE_THRESHOLD = 1.6
 COMMITTED = Path(__file__).parent / "results/cpu.json"
+MATRIX_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what a processor of one name may have or lack
 
 
 def summary(run: dict) -> dict:
@@ -31,6 +33,12 @@ def summary(run: dict) -> dict:
         | {package: machine.get(package) for package in ("torch", "transformers")},
         "benchmarks": dict(sorted(benchmarks.items())),
     }
+
+
+def processor(run: dict) -> str:
+    """The kind of processor that pytest-benchmark's JSON is from."""
+    cpu = run["machine_info"]["cpu"]
+    return " ".join([cpu["brand_raw"], *(flag for flag in MATRIX_FLAGS if flag in cpu.get("flags", []))])
 
 
 def compare(run: dict, committed: dict) -> list[str]:
@@ -55,22 +63,24 @@ def main() -> int:
     parser.add_argument("--committed", type=Path, default=COMMITTED)
     parser.add_argument("--write", action="store_true", help="make this run the committed one")
     arguments = parser.parse_args()
-    run = summary(json.loads(arguments.run.read_text()))
+    whole = json.loads(arguments.run.read_text())
+    name, run = processor(whole), summary(whole)
+    by_processor = json.loads(arguments.committed.read_text()) if arguments.committed.exists() else {}
     if arguments.write:
         arguments.committed.parent.mkdir(exist_ok=True)
-        arguments.committed.write_text(json.dumps(run, indent=1) + "\n")
+        arguments.committed.write_text(json.dumps(by_processor | {name: run}, indent=1, sort_keys=True) + "\n")
         return 0
-    if not arguments.committed.exists():
-        print(f"{arguments.committed} is not there yet: `make bench-baseline` writes it")
+    if name not in by_processor:
+        there = "; ".join(by_processor) or "none"
+        print(f"no figures of {name} in {arguments.committed} ({there}): `make bench-baseline` on main adds them")
         return 1
-    committed = json.loads(arguments.committed.read_text())
+    committed = by_processor[name]
     problems = compare(run, committed)
-    new = run["benchmarks"].keys() - committed["benchmarks"].keys()
-    for name in sorted(new):
-        print(f"new, not guarded before `make bench-baseline`: {name}")
+    for new in sorted(run["benchmarks"].keys() - committed["benchmarks"].keys()):
+        print(f"new, not guarded before `make bench-baseline`: {new}")
     for problem in problems:
         print(f"slower: {problem}")
-    print(f"{len(committed['benchmarks'])} benchmarks guarded, {len(problems)} problems")
+    print(f"{len(committed['benchmarks'])} benchmarks guarded on {name}, {len(problems)} problems")
     return 1 if problems else 0
 
 
