@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from dataclasses import field as default
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from nrt_fast.types import UserError
+from nrt_fast.types import UserError, did_you_mean
 
 OTHER_OPTIONS = {
     "config": "YAML file of fields; options on the command line win",
@@ -106,7 +104,7 @@ def help_text(usage: str, arguments: Arguments) -> str:
     group.add_argument("--config", metavar="FILE.yaml", help=OTHER_OPTIONS["config"])
     for name, text in {"print_config": OTHER_OPTIONS["print_config"], **arguments.flags}.items():
         group.add_argument(f"--{name}", action="store_true", help=text)
-    hints, helps = get_type_hints(arguments.config), _docstrings(arguments.config)
+    hints, helps = get_type_hints(arguments.config), docstrings(arguments.config)
     for field in fields(arguments.config):
         if field.name in arguments.groups:
             group = parser.add_argument_group(arguments.groups[field.name])
@@ -115,7 +113,7 @@ def help_text(usage: str, arguments: Arguments) -> str:
     return parser.format_help()
 
 
-def _docstrings(config: type) -> dict[str, str]:
+def docstrings(config: type) -> dict[str, str]:
     """Of each field, from the class that describes it; a class that only changes a default need not do so again."""
     from docstring_parser import parse_from_object
 
@@ -123,7 +121,7 @@ def _docstrings(config: type) -> dict[str, str]:
     return {parameter.arg_name: parameter.description for parameter in described if parameter.description}
 
 
-def _main_type(hint: Any) -> tuple[Any, tuple]:
+def main_type(hint: Any) -> tuple[Any, tuple]:
     """The first type of a union, bare, and its arguments: list and (str,) of list[str] | str | None."""
     if get_origin(hint) in (Union, UnionType):
         hint = get_args(hint)[0]
@@ -131,21 +129,15 @@ def _main_type(hint: Any) -> tuple[Any, tuple]:
 
 
 def _metavar(hint: Any) -> str:
-    kind, members = _main_type(hint)
+    kind, members = main_type(hint)
     return "{" + ",".join(members) + "}" if kind is Literal else METAVARS[kind]
 
 
 def _expected(hint: Any, value: str) -> str:
-    kind, members = _main_type(hint)
+    kind, members = main_type(hint)
     if kind is Literal:
         return f"one of {', '.join(members)} is expected{did_you_mean(value, members)}"
     return f"{EXPECTED[kind]} is expected"
-
-
-def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of a message about an unknown name."""
-    close = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _option_name(argument: str) -> str | None:
@@ -157,7 +149,7 @@ def _check_options(argv: list[str], arguments: Arguments) -> list[str]:
     """The arguments, the positional one as an option; UserError for an option or a field of a file that is unknown."""
     known, without_value = [*arguments.names, *OTHER_OPTIONS, *arguments.flags], ["print_config", *arguments.flags]
     checked, rest, positional = [], list(argv), arguments.positional
-    several = positional is not None and _main_type(get_type_hints(arguments.config)[positional])[0] is list
+    several = positional is not None and main_type(get_type_hints(arguments.config)[positional])[0] is list
     while rest:
         argument, following = rest[0], rest[1] if len(rest) > 1 else ""
         name = _option_name(argument)

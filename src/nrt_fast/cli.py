@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nrt_fast import __version__
-from nrt_fast.arguments import Arguments, did_you_mean, help_text, parse
+from nrt_fast.arguments import Arguments, help_text, parse
 from nrt_fast.config import (
     EstimateConfig,
     EvalConfig,
@@ -19,11 +19,13 @@ from nrt_fast.config import (
     ScoreConfig,
     TrainConfig,
 )
-from nrt_fast.types import UserError
+from nrt_fast.tool_config import CompletionConfig, DoctorConfig, InitConfig
+from nrt_fast.types import UserError, did_you_mean
 
 GROUPS = {"model_name_or_path": "Model", "num_generations": "Sampling"}
 TRAIN_GROUPS = GROUPS | {
     "dataset_name": "Data",
+    "push_to_hub": "Hub",
     "dataset_weights": "Training data",
     "objective": "Objective",
     "prompts_per_step": "Step",
@@ -93,6 +95,25 @@ def _report(config: ReportConfig, flags: set[str]) -> None:
     report_command.report(config)
 
 
+def _init(config: InitConfig, flags: set[str]) -> None:
+    from nrt_fast import init_command
+
+    init_command.init(config, COMMANDS["train"].arguments)
+
+
+def _doctor(config: DoctorConfig, flags: set[str]) -> int:
+    from nrt_fast import doctor
+
+    return 0 if doctor.examine(config) else 1
+
+
+def _completion(config: CompletionConfig, flags: set[str]) -> None:
+    from nrt_fast import shell_completion
+
+    commands = {name: (command.summary, command.arguments) for name, command in COMMANDS.items()}
+    print(shell_completion.script(config.shell, commands), end="")
+
+
 COMMANDS = {
     "train": Command(
         "train a model; without arguments, the built-in starter on the built-in tasks",
@@ -121,7 +142,7 @@ COMMANDS = {
     "export": Command(
         "write a trained model or adapter to a folder of its own, the adapter merged if asked for",
         "--model_name_or_path FOLDER --output_dir NEW [--merge_lora true] [--config FILE.yaml] [--print_config]",
-        Arguments(ExportConfig, groups={"model_name_or_path": "Export"}),
+        Arguments(ExportConfig, groups={"push_to_hub": "Hub", "model_name_or_path": "Export"}),
         _export,
     ),
     "report": Command(
@@ -136,12 +157,30 @@ COMMANDS = {
         Arguments(EstimateConfig, groups=TRAIN_GROUPS | {"device_memory_gib": "Machine"}),
         _estimate,
     ),
+    "init": Command(
+        "write a configuration to start from, with every field of train and what it means",
+        "[FILE.yaml]",
+        Arguments(InitConfig, positional="file", groups={"file": "Init"}),
+        _init,
+    ),
+    "doctor": Command(
+        "tell what runs here and why nothing faster does, and test that every op is exact",
+        "[--device DEVICE]",
+        Arguments(DoctorConfig, groups={"device": "Self-test"}),
+        _doctor,
+    ),
+    "completion": Command(
+        "print a script that completes commands, options and choices in a shell",
+        "bash|zsh|fish",
+        Arguments(CompletionConfig, positional="shell", groups={"shell": "Completion"}),
+        _completion,
+    ),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for bad input (told in one line on stderr), 3 for a run that
-    an alarm of ``stop_on`` stopped, 130 for Ctrl-C."""
+    """Run a command and return its exit code: 0, 1 where doctor found something inexact, 2 for bad input (told in one
+    line on stderr), 3 for a run that an alarm of ``stop_on`` stopped, 130 for Ctrl-C."""
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:

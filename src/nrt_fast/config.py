@@ -154,7 +154,19 @@ class DataFields:
 
 
 @dataclass(frozen=True)
-class TrainConfig(DataFields, SamplingFields, ModelFields):
+class HubFields:
+    """Fields of the commands that write a model: whether and where it is uploaded."""
+
+    push_to_hub: bool = False
+    """Upload the model to the Hugging Face Hub when it is written."""
+    hub_model_id: str | None = None
+    """Repository: owner/name, or a name of your own account; the name of output_dir if absent."""
+    hub_private_repo: bool | None = None
+    """Make the repository, if it is new, private; as the account has it if absent."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     """Every field of ``nrt-fast train``."""
 
     dataset_weights: list[float] | None = None
@@ -364,7 +376,7 @@ class GenerateConfig(SamplingFields, ModelFields):
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(HubFields):
     """Every field of ``nrt-fast export``."""
 
     model_name_or_path: str | None = None

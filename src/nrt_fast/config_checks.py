@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nrt_fast.health import ALARMS
-from nrt_fast.types import UserError
+from nrt_fast.types import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from nrt_fast.config import (
@@ -65,7 +65,8 @@ def check_eval(config: EvalConfig) -> None:
         raise UserError(f"num_generations {config.num_generations} cannot take effect: at temperature 0 all are equal")
     names = config.metric_names
     if unknown := [name for name in names if name not in METRICS]:
-        raise UserError(f"metrics: {unknown[0]!r} is unknown; valid: some of {', '.join(METRICS)}")
+        guess = did_you_mean(unknown[0], METRICS)
+        raise UserError(f"metrics: {unknown[0]!r} is unknown; valid: some of {', '.join(METRICS)}{guess}")
     if not names or len(set(names)) < len(names):
         raise UserError(f"metrics is {config.metrics!r}; one or more of {', '.join(METRICS)} are expected, each once")
 
@@ -95,6 +96,9 @@ def check_export(config: ExportConfig) -> None:
     for name in ("model_name_or_path", "output_dir"):
         if getattr(config, name) is None:
             raise UserError(f"{name} is needed: nrt-fast export --model_name_or_path runs/demo/final --output_dir NEW")
+    for name in ("hub_model_id", "hub_private_repo"):
+        if getattr(config, name) is not None and not config.push_to_hub:
+            raise UserError(f"{name} cannot take effect: push_to_hub is false")
 
 
 def check_report(config: ReportConfig) -> None:
@@ -150,11 +154,13 @@ def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
         yield f"reward_clip {objective.reward_clip} is a clip at a baseline; baseline is none"
     for name in config.stop_alarms:
         if name not in ALARMS:
-            yield f"stop_on: no alarm is named {name!r}; valid: all, or some of {', '.join(ALARMS)}"
+            guess = did_you_mean(name, ALARMS)
+            yield f"stop_on: no alarm is named {name!r}; valid: all, or some of {', '.join(ALARMS)}{guess}"
     unknown = [name for name in config.lora_targets if name not in PROJECTIONS]
     if unknown or (config.lora_target_modules is not None and not config.lora_targets):
         told = f"{unknown[0]!r} is unknown" if unknown else "is empty"
-        yield f"lora_target_modules: {told}; valid: all-linear, or some of {', '.join(PROJECTIONS)}"
+        guess = did_you_mean(unknown[0], PROJECTIONS) if unknown else ""
+        yield f"lora_target_modules: {told}; valid: all-linear, or some of {', '.join(PROJECTIONS)}{guess}"
 
 
 def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[str, bool, str]]:
@@ -172,6 +178,7 @@ def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[st
     yield "epsilon epsilon_high", objective.trace_loss == "reinforce", "trace_loss reinforce clips no ratio"
     yield "answer_weight", objective.answer_coef == 0, "answer_coef is 0"
     yield "lora_r lora_alpha lora_target_modules use_rslora", not config.use_peft, "use_peft is false"
+    yield "hub_model_id hub_private_repo", not config.push_to_hub, "push_to_hub is false"
     weighted = objective.reward in ("ws_inv", "ws_log", "r3")
     yield "reward_scale", not weighted, f"reward {objective.reward} has no token weights"
     unused = not weighted and objective.reward_clip == "none"

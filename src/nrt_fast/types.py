@@ -8,7 +8,9 @@ with num_, units are in names.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
 
 class UserError(Exception):
     """Bad input, told in one line: what is wrong, where (file, row, field), what would be valid. Exit code 2."""
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message about an unknown name."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 TRACE, FORMAT, ANSWER = 0, 1, 2  # LossTokens.kind_A
