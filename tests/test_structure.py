@@ -14,15 +14,19 @@ KERNELS = ROOT / "triton_kernels"
 ROOMS = (  # an import goes to a lower rank only; rooms of one rank never import one another
     {"types", "reference", "backward", "fakes", "metrics", "signals", "arena", "health"},
     {"arguments", "config_checks", "grading", "ops", "triton_kernels", "starter"},
-    {"config", "kv_cache", "optim", "packed_attention"},
-    {"data", "model", "plan", "resolve", "streams", "trackers"},
+    {"config", "kv_cache", "optim", "packed_attention", "tool_config"},
+    {"data", "hub", "model", "plan", "resolve", "shell_completion", "streams", "trackers"},
     {"decode"},
     {"rollout", "score", "rewards", "pack", "train_step", "checkpoint", "evaluate"},
     {"engine", "completions", "diagnostics", "json_lines", "report", "html_report", "score_report"},
-    {"source", "eval_report"},
+    {"source", "eval_report", "model_card"},
     {"run", "heldout"},
-    {"loop", "score_command", "eval_command", "generate_command", "export_command", "report_command", "adapters"},
-    {"cli", "doctor"},
+    {
+        "loop", "score_command", "eval_command", "generate_command", "export_command", "report_command",
+        "init_command", "adapters",
+    },
+    {"doctor"},
+    {"cli"},
 )
 RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 MAX_FILE_LINES = 450

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from nrt_fast.diagnostics import count_tokens, engine_metrics, over_minibatches,
 from nrt_fast.engine import Thoughts, noise_floor
 from nrt_fast.evaluate import samples, summarise
 from nrt_fast.health import Health
+from nrt_fast.hub import upload
 from nrt_fast.metrics import MetricsFile, Timer, replace_file
+from nrt_fast.model_card import NAME, model_card
 from nrt_fast.optim import learning_rate
 from nrt_fast.pack import loss_tokens, pack
 from nrt_fast.plan import GIB
@@ -83,6 +86,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     progress = Progress() if resumed is None else Progress(**run.restore(resumed)["progress"])
     if progress.step >= num_steps and (summary := _summary_of(output_dir, progress.step)):
         print(f"{output_dir} is finished ({progress.step} steps); see {output_dir / 'summary.json'}")
+        _share(run.config)
         return summary
     with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
         metrics = MetricsFile(output_dir / "metrics.jsonl", progress.step)
@@ -116,6 +120,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         means, after = evaluate(run, num_samples=NUM_SAMPLES)
         summary = _finish(run, progress, means, after, health)
         report.finish(summary, [Sample(**sample) for sample in progress.samples], after)
+    _share(run.config)
     return summary
 
 
@@ -294,8 +299,6 @@ def _finish(
     run: Run, progress: Progress, after: dict[str, float], samples_after: list[Sample], health: Health
 ) -> dict[str, Any]:  # fmt: skip
     """Write final/, samples.json and, last, summary.json."""
-    with checkpoint.atomic_folder(run.output_dir / "final") as folder:
-        run.save_model(folder)
     summary = {
         "before": progress.before,
         "after": after,
@@ -312,17 +315,27 @@ def _finish(
         "versions": {
             "nrt_fast": nrt_fast.__version__,
             "torch": torch.__version__,
+            "transformers": metadata.version("transformers"),
             "python": platform.python_version(),
         },
         "config": asdict(run.config),
         "given": run.given,
     }
+    with checkpoint.atomic_folder(run.output_dir / "final") as folder:
+        run.save_model(folder)
+        (folder / NAME).write_text(model_card(summary, run.delimiter.text), encoding="utf-8")
     with checkpoint.told_when_full(run.output_dir / "samples.json"):
         both = {"before": progress.samples, "after": [asdict(sample) for sample in samples_after]}
         replace_file(run.output_dir / "samples.json", json.dumps(both, ensure_ascii=False) + "\n")
     with checkpoint.told_when_full(run.output_dir / "summary.json"):
         replace_file(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _share(config: TrainConfig) -> None:
+    """Upload final/ where that is asked for."""
+    if config.push_to_hub:
+        print(f"uploaded to {upload(Path(config.output_dir) / 'final', config)}")
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

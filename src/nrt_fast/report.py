@@ -151,11 +151,11 @@ def _summary_table(summary: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right" if heading else "left")
     for name in summary["after"]:
         if name != "num_items" and not name.endswith("_error"):
-            table.add_row(name.replace("_", " "), *(_figure(summary[when], name) for when in ("before", "after")))
+            table.add_row(name.replace("_", " "), *(figure(summary[when], name) for when in ("before", "after")))
     return table
 
 
-def _figure(means: dict[str, float], name: str) -> str:
+def figure(means: dict[str, float], name: str) -> str:
     """A mean, with its standard error where it has one."""
     error = means.get(f"{name}_error")
     return f"{means[name]:.3f}" if error is None else f"{means[name]:.3f} ± {error:.3f}"

@@ -15,6 +15,7 @@ from nrt_fast.arena import Arena
 from nrt_fast.config import EstimateConfig, Objective, TrainConfig
 from nrt_fast.data import Data, Delimiter, Limits, Order, load_data
 from nrt_fast.engine import Engine
+from nrt_fast.hub import check_account
 from nrt_fast.model import Model
 from nrt_fast.model.config import ModelConfig
 from nrt_fast.model.lora import Lora
@@ -39,7 +40,8 @@ EMA_DECAY = 0.999
 # Fields that may change when a run goes on: they do not decide what its steps compute.
 FREE_FIELDS = {
     "output_dir", "max_steps", "num_train_epochs", "max_tokens_per_batch", "recompute", "save_steps",
-    "save_total_limit", "logging_steps", "stop_on", "report_to", "resume_from_checkpoint",
+    "save_total_limit", "logging_steps", "stop_on", "report_to", "resume_from_checkpoint", "push_to_hub",
+    "hub_model_id", "hub_private_repo",
 }  # fmt: skip
 
 
@@ -171,6 +173,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     config.check()
     given = config.given
     find_trackers(config)
+    check_account(config)
     if config.use_peft:
         check_peft()
     objective = config.resolved_objective()
