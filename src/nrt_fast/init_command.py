@@ -1,4 +1,4 @@
-"""``nrt-fast init``: a configuration to start from, with every field of ``nrt-fast train`` and what it says of itself."""
+"""``nrt-fast init``: a configuration to start from, with every field of ``nrt-fast train`` under its docstring."""
 
 from __future__ import annotations
 

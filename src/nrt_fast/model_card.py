@@ -49,15 +49,16 @@ def model_card(summary: dict[str, Any], delimiter: str) -> str:
 
 
 def _body(config: TrainConfig, summary: dict[str, Any], delimiter: str) -> Iterator[str]:
-    base = _shown(config.model_name_or_path, "models") if config.model_name_or_path else "the starter model of nrt-fast"
-    data = ", ".join(_shown(name, "datasets") for name in config.dataset_names) or "the built-in tasks of nrt-fast"
+    base = _shown(config.model_name_or_path, "models") if config.model_name_or_path else "The starter model of nrt-fast"
+    data = ", ".join(_shown(name, "datasets") for name in config.dataset_names) or "its built-in tasks"
     yield f"# {Path(config.output_dir).name}\n"
-    yield f"{base}, {'with a LoRA adapter ' if config.use_peft else ''}trained for {summary['steps']:,} steps on {data}.\n"
+    adapter = "with a LoRA adapter " if config.use_peft else ""
+    yield f"{base}, {adapter}trained for {summary['steps']:,} steps on {data}.\n"
     yield _method(config.objective)
     yield "\n## How to ask it\n"
     yield (
         f"The question goes through the chat template. The model then thinks, ends its thoughts with `{delimiter}` and "
-        "answers:\n\n```\nnrt-fast generate \"your question\" --model_name_or_path FOLDER_OR_ID\n```"
+        'answers:\n\n```\nnrt-fast generate "your question" --model_name_or_path FOLDER_OR_ID\n```'
     )
     if summary["after"]:
         yield from _measured(summary["before"], summary["after"])
@@ -82,7 +83,7 @@ def _method(objective: str) -> str:
 
 def _measured(before: dict[str, float], after: dict[str, float]) -> Iterator[str]:
     yield f"\n## {after['num_items']:,} held-out items\n"
-    yield "Traces sampled at temperature 1, one for each item; answers greedy; gains in nats a token; ± standard error.\n"
+    yield "One trace sampled for each item at temperature 1, answers greedy, gains in nats a token; ± standard error.\n"
     names = [name for name in after if name != "num_items" and not name.endswith("_error")]
     rows = [[name.replace("_", " "), figure(before, name), figure(after, name)] for name in names]
     yield from _table(["", "before", "after"], rows)

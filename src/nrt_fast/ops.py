@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from itertools import chain
+from itertools import chain, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
@@ -57,6 +57,30 @@ def use(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def obstacles(device: str) -> dict[str, dict[Backend, str]]:
+    """Why nothing faster than what ``backend`` tells runs each op on a kind of device: {op: {backend: reason}}."""
+    grad = torch.is_grad_enabled()
+    reasons = {op: {rung: _obstacle(op, rung, grad) for rung in _LADDER[device]} for op in _references}
+    # The ladder is walked from the fastest rung down, as far as the first without an obstacle.
+    return {op: dict(takewhile(itemgetter(1), rungs.items())) for op, rungs in reasons.items()}
+
+
+@contextmanager
+def watch(call: Callable[..., object]) -> Iterator[None]:
+    """Hand every call to ``call(op, implementation, reference, *args, **kwargs)``, which is to return its result."""
+    global _implementation
+    before = _implementation
+
+    def watched(op: str, *where) -> Callable:
+        return functools.partial(call, op, before(op, *where), _references[op])
+
+    _implementation = watched
+    try:
+        yield
+    finally:
+        _implementation = before
 
 
 @functools.cache

@@ -164,8 +164,11 @@ class Run:
         return state
 
 
-def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> Run:
+def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None, cache_bytes: int | None = None) -> Run:
     """Read model and data, decide what the configuration leaves open, tell the memory of it all, allocate.
+
+    Args:
+        cache_bytes: keys and values, or gradients in their turn; what the plan leaves if absent.
 
     Raises:
         UserError: anything that cannot work, before anything is written.
@@ -201,8 +204,8 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
         device=str(source.device),
         output_dir=resolve_output_dir(config),
     )
-    arena = Arena(plan.cache_bytes, source.device)
-    engine = source.engine(config, plan.cache_bytes, arena)
+    arena = Arena(cache_bytes or plan.cache_bytes, source.device)
+    engine = source.engine(config, arena.memory.nbytes, arena)
     model = engine.model
     return Run(
         config=config,

@@ -3,7 +3,8 @@
     python tests/compat/loads.py
 
 Each reader gets a virtual environment of its own under build/compat, made once and without nrt-fast in it; the models
-are saved by this Python's nrt-fast. A reader passes if its logits, or log-likelihoods, are those computed here.
+are saved by this Python's nrt-fast. A reader passes if its logits, or log-likelihoods, are those computed here. Its last
+line of output is one JSON document.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TOLERANCE = 1e-4  # of fp32 logits and log-likelihoods, computed in another orde
 
 
 def main() -> None:
-    """Save, install, read; the last line is one JSON document."""
+    """Save, install, read."""
     COMPAT.mkdir(parents=True, exist_ok=True)
     save_models()
     figures = {}
@@ -83,7 +84,7 @@ def environment(name: str, packages: list[str]) -> Path:
 
 def transformers(python: Path) -> dict[str, object]:
     """Both models in that environment's transformers."""
-    output = subprocess.run([python, __file__, "--read"], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run([python, "-I", __file__, "--read"], check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
@@ -121,10 +122,10 @@ def lm_eval(python: Path) -> dict[str, object]:
     write_task(tasks)
     subprocess.run(
         [
-            python.parent / "lm_eval", "--model", "hf", "--model_args", f"pretrained={final},dtype=float32",
+            python, "-I", "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={final},dtype=float32",
             "--tasks", "coins", "--include_path", tasks, "--device", "cpu", "--log_samples", "--output_path", output,
         ],
-        check=True, capture_output=True, text=True,
+        check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     samples = max(output.rglob("samples_coins_*.jsonl"), key=lambda path: path.stat().st_mtime)
     rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])

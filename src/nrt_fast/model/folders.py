@@ -39,3 +39,19 @@ def read_config(folder: Path):
         raise UserError(f"{path} is not valid JSON: {error}") from None
     check_model_type(model_type, f"{path}: ")
     return AutoConfig.from_pretrained(folder)
+
+
+def write_config(hf_config, folder: Path) -> None:
+    """Write config.json, with the rotary embeddings under the names of transformers 4 as well.
+
+    transformers 5 writes ``rope_parameters`` alone. An older reader knows no such name and would silently compute with
+    its defaults.
+    """
+    hf_config.save_pretrained(folder)
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    if rope := values.get("rope_parameters"):
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        values["rope_theta"] = rope["rope_theta"]
+        values["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

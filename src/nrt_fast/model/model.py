@@ -13,7 +13,7 @@ from torch import Tensor
 from nrt_fast.kv_cache import NO_PREFIX, Sequence
 from nrt_fast.model.config import ARCHITECTURES, ModelConfig
 from nrt_fast.model.decoder import Decoder
-from nrt_fast.model.folders import model_folder, read_config
+from nrt_fast.model.folders import model_folder, read_config, write_config
 from nrt_fast.model.inference import Inference
 from nrt_fast.model.lora import Adapter, Lora
 from nrt_fast.model.peft_folder import base_folder, load_adapter, read_lora, save_adapter
@@ -136,7 +136,7 @@ class Model(Decoder):
             _copy_generation_config(self.source, folder)
         self.hf_config.architectures = [ARCHITECTURES[self.config.model_type]]
         self.hf_config.dtype = self.embed.dtype  # transformers loads in the dtype that is written here
-        self.hf_config.save_pretrained(folder)
+        write_config(self.hf_config, folder)
         # Views of one flat storage look like aliases of each other to the writer; copies do not.
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights.tensors.items()}
         if self.config.tie_word_embeddings:

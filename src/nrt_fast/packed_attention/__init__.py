@@ -56,12 +56,24 @@ def packed_attention(
 @functools.cache
 def backend(device: str, dtype: torch.dtype) -> str:
     """What runs on a kind of device in a dtype."""
-    rungs = [rung for rung in LADDER.get(device, ("plain",)) if dtype in DTYPES.get(rung, (dtype,))]
-    chosen = next(rung for rung in rungs if missing(rung) is None)
-    for rung in rungs[: rungs.index(chosen)]:
-        logger.warning("packed attention without %s: %s", rung, missing(rung))
+    reasons = obstacles(device, dtype)
+    chosen = next(rung for rung in LADDER.get(device, ("plain",)) if rung not in reasons)
+    for rung, reason in reasons.items():
+        if dtype in DTYPES.get(rung, (dtype,)):
+            logger.warning("packed attention without %s: %s", rung, reason)
     logger.info("packed attention on %s in %s: %s", device, dtype, chosen)
     return chosen
+
+
+def obstacles(device: str, dtype: torch.dtype) -> dict[str, str]:
+    """Why nothing before ``backend`` on the ladder runs on a kind of device in a dtype: {rung: reason}."""
+    reasons = {}
+    for rung in LADDER.get(device, ("plain",)):
+        fits = dtype in DTYPES.get(rung, (dtype,))
+        if (reason := missing(rung) if fits else f"it does not compute in {dtype}") is None:
+            break
+        reasons[rung] = reason
+    return reasons
 
 
 @functools.cache
