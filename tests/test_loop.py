@@ -2,9 +2,7 @@
 
 import json
 import math
-import sys
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -119,19 +117,6 @@ def test_console_thins_out_and_sums_up(tiny_run, tmp_path, capsys):
     assert [line.split()[1] for line in lines if line.startswith("step ")] == ["2/3", "3/3"]
     assert any("2 held-out items" in line for line in lines)
     assert lines[-1].startswith("3 steps, ")
-
-
-def test_a_tracker_gets_every_step(tiny_run, tmp_path, monkeypatch):
-    logged = []
-    wandb = SimpleNamespace(
-        init=lambda **kwargs: logged.append(kwargs["name"]),
-        log=lambda metrics, step: logged.append((step, metrics["loss"])),
-        finish=lambda: logged.append("finished"),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    train(tiny_run(tmp_path / "run", report_to="wandb", logging_steps=2))
-    losses = [(row["step"], row["loss"]) for row in read_metrics(tmp_path / "run/metrics.jsonl")]
-    assert logged == ["run", *losses, "finished"]
 
 
 def test_dry_run_writes_nothing(tiny_run, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nrt_fast.checkpoint import told_when_full
 from nrt_fast.metrics import replacing
@@ -31,7 +32,19 @@ def write_completions(
         for p, example in enumerate(examples)
         for g, ids in enumerate(traces.trace_ids[p])
     ]
-    folder = output_dir / "completions"
-    with told_when_full(folder), replacing(folder / f"completions_{step:05d}.parquet") as path:
-        folder.mkdir(exist_ok=True)
+    final = _path(output_dir, step)
+    with told_when_full(final.parent), replacing(final) as path:
+        final.parent.mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def read_completions(output_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The rows that were written of a step; none where its traces were not kept."""
+    import pyarrow.parquet as pq
+
+    path = _path(output_dir, step)
+    return pq.read_table(path).to_pylist() if path.exists() else []
+
+
+def _path(output_dir: Path, step: int) -> Path:
+    return output_dir / "completions" / f"completions_{step:05d}.parquet"

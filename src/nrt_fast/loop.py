@@ -18,7 +18,7 @@ from torch import Tensor
 
 import nrt_fast
 from nrt_fast import checkpoint
-from nrt_fast.completions import write_completions
+from nrt_fast.completions import read_completions, write_completions
 from nrt_fast.config import TrainConfig
 from nrt_fast.diagnostics import count_tokens, engine_metrics, over_minibatches, rollout_metrics, train_metrics
 from nrt_fast.engine import Thoughts, noise_floor
@@ -91,7 +91,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
         metrics = MetricsFile(output_dir / "metrics.jsonl", progress.step)
     health = Health(run.config.dtype, metrics.rows)
-    with Report(run.config) as report, stop_requested() as stop:
+    with Report(run.config, metrics.last_seen) as report, stop_requested() as stop:
         report.start(run, progress.step)
         if progress.step == 0:
             report.say(f"measuring {len(run.data.heldout):,} held-out items before training")
@@ -106,7 +106,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             changes = health.step(row)
             with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
                 metrics.write(row)
-            report.step(row)
+            report.step(row, read_completions(output_dir, progress.step))
             for change in changes:
                 report.say(str(change))
             stopped_on = [change.name for change in changes if change.raised and change.name in run.config.stop_alarms]

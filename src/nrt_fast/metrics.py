@@ -40,12 +40,14 @@ class MetricsFile:
 
     Attributes:
         rows: the lines that were kept.
+        last_seen: the last step that any line had, or 0; a step up to it was written, and told, before.
     """
 
     def __init__(self, path: Path, last_step: int):
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
-        self.rows = list(map(json.loads, kept))
-        replace_file(path, "".join(kept))
+        lines = [(line, json.loads(line)) for line in _complete_lines(path)]
+        self.rows = [row for _, row in lines if row["step"] <= last_step]
+        self.last_seen = max((row["step"] for _, row in lines), default=0)
+        replace_file(path, "".join(line for line, row in lines if row["step"] <= last_step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, float | int | str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -16,7 +17,7 @@ from rich.text import Text
 from nrt_fast.config import TrainConfig
 from nrt_fast.data import show_example
 from nrt_fast.health import ALARMS
-from nrt_fast.trackers import find_trackers
+from nrt_fast.trackers import Trackers
 from nrt_fast.types import Sample
 
 if TYPE_CHECKING:
@@ -40,12 +41,14 @@ class Report:
 
     Args:
         config: resolved.
+        told_steps: that the trackers know from before the run was stopped; they are computed again, with the same
+            results, and not told again.
     """
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
+    def __init__(self, config: TrainConfig, told_steps: int = 0):
+        self.config, self.told_steps = config, told_steps
         self.console = Console(highlight=False)
-        self.trackers = [start(config) for start in find_trackers(config)]
+        self.trackers = Trackers(config, self.say)
         self.history: dict[str, list[float]] = {label: [] for label in COLUMNS}
         self.started, self.done = time.perf_counter(), 0
         self.bar = Progress(BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -57,8 +60,7 @@ class Report:
 
     def __exit__(self, *exc) -> None:
         self.live.stop()
-        for tracker in self.trackers:
-            tracker.finish()
+        self.trackers.finish()
 
     def start(self, run: Run, step: int = 0) -> None:
         """Say what was read, decided and chosen, and where a resumed run goes on; show one example's boundaries."""
@@ -83,10 +85,10 @@ class Report:
             self.say(f"resumed: going on after step {step}")
         self.say(show_example(run.data.train[0], run.tokenizer, run.delimiter, config.max_trace_length))
 
-    def step(self, row: dict[str, Any]) -> None:
-        """Show one step every ``logging_steps`` and hand it to the trackers."""
-        for tracker in self.trackers:
-            tracker.log({key: value for key, value in row.items() if key != "step"}, row["step"])
+    def step(self, row: dict[str, Any], completions: Sequence[dict[str, Any]] = ()) -> None:
+        """Show one step every ``logging_steps``; hand it to the trackers, with its traces where they were kept."""
+        if row["step"] > self.told_steps:
+            self.trackers.log({key: value for key, value in row.items() if key != "step"}, row["step"], completions)
         for label, name in COLUMNS.items():
             if name in row:
                 self.history[label].append(row[name])
