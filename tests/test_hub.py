@@ -1,4 +1,4 @@
-"""The card of a finished model, and its upload where that is asked for. The hub is a stub: nothing leaves the machine."""
+"""The card of a finished model, and its upload where that is asked for. The hub is a stub: nothing is sent."""
 
 import json
 import re
@@ -114,14 +114,14 @@ def test_final_is_uploaded_when_it_is_written_and_again_when_asked_again(tiny_ru
 
 def test_nobody_is_told_before_the_first_step(tiny_run, tmp_path, hub):
     hub.whoami = refuse
-    with pytest.raises(UserError, match="push_to_hub needs an account .* hf auth login.* \\(Token is required\\)"):
+    with pytest.raises(UserError, match=r"push_to_hub needs an account .* hf auth login.* \(Token is required\)"):
         train(tiny_run(tmp_path / "run", max_steps=1, push_to_hub=True))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_refused_upload_leaves_a_finished_run(tiny_run, tmp_path, hub):
     hub.upload_folder = refuse
-    with pytest.raises(UserError, match="could not be uploaded to run; hf upload run .*/final tries again"):
+    with pytest.raises(UserError, match=r"could not be uploaded to run; hf upload run .*/final tries again"):
         train(tiny_run(tmp_path / "run", max_steps=1, push_to_hub=True))
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 1
 

@@ -54,7 +54,7 @@ def test_zsh_is_the_bash_script_behind_its_bash_completion():
 
 
 def test_fish_knows_every_option_with_its_help():
-    lines = [shlex.split(line.replace("\\'", "’")) for line in script("fish", COMMANDS).splitlines()]
+    lines = [shlex.split(line.replace("\\'", "")) for line in script("fish", COMMANDS).splitlines()]
     assert all(line[:3] == ["complete", "-c", "nrt-fast"] for line in lines)
     told = {(line[4].split()[-1], line[6]): line for line in lines if line[5] == "-l"}
     for name, (_, arguments) in COMMANDS.items():

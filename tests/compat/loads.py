@@ -3,8 +3,8 @@
     python tests/compat/loads.py
 
 Each reader gets a virtual environment of its own under build/compat, made once and without nrt-fast in it; the models
-are saved by this Python's nrt-fast. A reader passes if its logits, or log-likelihoods, are those computed here. Its last
-line of output is one JSON document.
+are saved by this Python's nrt-fast. A reader passes if its logits, or log-likelihoods, are those computed here. The
+last line of output is one JSON document.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def write_task(folder: Path) -> None:
     (folder / "coins.yaml").write_text(
         "task: coins\noutput_type: loglikelihood\ndataset_path: json\n"
         f"dataset_kwargs: {{data_files: {{test: {folder / 'coins.jsonl'}}}}}\ntest_split: test\n"
-        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\nmetric_list: [{metric: acc}]\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: ' {{answer}}'\nmetric_list: [{metric: acc}]\n"
     )
 
 

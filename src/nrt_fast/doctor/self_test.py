@@ -40,7 +40,7 @@ class Finding:
 
     @property
     def exact(self) -> bool:
-        """Whether the op errs no more than plain PyTorch. (NaN does not compare.)"""
+        """Whether the op errs no more than plain PyTorch may."""
         return self.error <= self.allowed
 
 
@@ -145,5 +145,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _distance(tensor: Tensor, exact: Tensor) -> float:
-    """Largest difference; equal infinities are none apart."""
-    return (tensor.double() - exact.double()).abs().where(tensor != exact, 0.0).max().item() if tensor.numel() else 0.0
+    """Largest difference; equal infinities, or two NaN, are none apart, one NaN is infinitely far."""
+    same = (tensor == exact) | (tensor.isnan() & exact.isnan())
+    apart = (tensor.double() - exact.double()).abs().where(~same, 0.0)
+    return apart.nan_to_num(nan=float("inf")).max().item() if tensor.numel() else 0.0
