@@ -315,6 +315,9 @@ def test_estimate_needs_no_weights_and_no_device(capsys, config_folder):
 def test_estimate_of_the_default(capsys):
     out = estimate(capsys)
     assert "memory of " in out and "slots x 56 tokens after prompts of 64" in out
+    told = "a step of 16 prompts x 8 traces: at most 5,120 tokens sampled and 8,320 trained"
+    assert told in out
+    assert "a step of 16 prompts: at most 0 tokens sampled and 1,296 trained" in estimate(capsys, "--objective", "sft")
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,8 @@ def plan_run(
 
 
 def estimate(config: EstimateConfig) -> MemoryPlan:
-    """Print the memory of a run from the model's configuration alone; a device whose memory is told need not be here.
+    """Print the memory of a run, and the tokens of a step, from the model's configuration alone; a device whose memory is
+    told need not be here.
 
     Raises:
         UserError: bad input, or a run that cannot fit.
@@ -299,7 +300,19 @@ def estimate(config: EstimateConfig) -> MemoryPlan:
     device_bytes = device_memory(device) if told is None else int(told * GIB)
     plan = plan_run(config, scale, shape, choose_dtype(config.dtype, device), device, device_bytes)
     print(plan)
+    print(_step_tokens(config, scale))
     return plan
+
+
+def _step_tokens(config: EstimateConfig, scale: Scale) -> str:
+    """The most tokens of one step; how long they take is measured, never told from here."""
+    prompts, sft = config.prompts_per_step or scale.prompts_per_step, config.objective == "sft"
+    traces, length = (1, 0) if sft else (config.num_generations, config.max_trace_length)
+    trained = prompts * (config.max_prompt_length + traces * (length + 1 + config.max_answer_length))
+    return (
+        f"a step of {prompts:,} prompts{'' if sft else f' x {traces} traces'}: at most {prompts * traces * length:,} "
+        f"tokens sampled and {trained:,} trained; nrt-fast train --dry_run runs one and tells its tokens/s"
+    )
 
 
 def _optimizer(model: Model, config: TrainConfig, arena: Arena) -> AdamW:
