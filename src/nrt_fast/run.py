@@ -285,8 +285,8 @@ def plan_run(
 
 
 def estimate(config: EstimateConfig) -> MemoryPlan:
-    """Print the memory of a run, and the tokens of a step, from the model's configuration alone; a device whose memory is
-    told need not be here.
+    """Print the memory of a run and the tokens of a step, from the model's configuration alone; a device whose memory
+    is told need not be here.
 
     Raises:
         UserError: bad input, or a run that cannot fit.

@@ -24,7 +24,7 @@ def machine_lines() -> Iterator[str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield f"machine: {platform.platform()}"
     memory = device_memory(torch.device("cpu")) / GIB
-    yield f"CPU: {_cpu_name()}, {cores} cores, {memory:.1f} GiB, {torch.get_num_threads()} threads of torch"
+    yield f"CPU: {_cpu_name()}, {cores} cores, {memory:.1f} GiB; threads of torch: {torch.get_num_threads()}"
     if not torch.cuda.is_available():
         why = "torch sees none" if torch.version.cuda else "this torch was built without CUDA"
         yield f"GPU: {why}; Triton kernels run on CUDA devices alone"
@@ -42,8 +42,8 @@ def version_lines() -> Iterator[str]:
         by_extra.setdefault(extra, []).append(_version(name))
     yield f"nrt-fast {__version__}, Python {platform.python_version()}, {', '.join(by_extra[None])}"
     for extra in EXTRAS:
-        told = ", ".join(by_extra[extra])
-        yield f"extra {extra}: {told}{f'; pip install nrt-fast[{extra}]' if MISSING in told else ''}"
+        told, quoted = ", ".join(by_extra[extra]), f"'nrt-fast[{extra}]'"
+        yield f"extra {extra}: {told}{f'; pip install {quoted}' if MISSING in told else ''}"
 
 
 def _version(name: str) -> str:
