@@ -64,6 +64,7 @@ def test_every_final_has_a_card(finished):
 
 def test_it_tells_no_path_and_no_time(finished):
     text = (finished / "final/README.md").read_text()
+    assert "\n# starter-questions-nrt-ws\n" in text  # what output_dir would be if it were not named
     assert str(finished.parent) not in text and "/questions.jsonl" not in text
     assert not re.search(r"\bseconds?\b|tokens_per", text)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from nrt_fast.config import TrainConfig
 from nrt_fast.report import figure
+from nrt_fast.resolve import resolve_output_dir
 
 NAME = "README.md"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -51,7 +52,7 @@ def model_card(summary: dict[str, Any], delimiter: str) -> str:
 def _body(config: TrainConfig, summary: dict[str, Any], delimiter: str) -> Iterator[str]:
     base = _shown(config.model_name_or_path, "models") if config.model_name_or_path else "The starter model of nrt-fast"
     data = ", ".join(_shown(name, "datasets") for name in config.dataset_names) or "its built-in tasks"
-    yield f"# {Path(config.output_dir).name}\n"
+    yield f"# {Path(resolve_output_dir(replace(config, output_dir=None))).name}\n"
     adapter = "with a LoRA adapter " if config.use_peft else ""
     yield f"{base}, {adapter}trained for {summary['steps']:,} steps on {data}.\n"
     yield _method(config.objective)

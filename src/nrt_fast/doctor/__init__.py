@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +23,6 @@ def examine(config: DoctorConfig) -> bool:
     """
     console, device = Console(highlight=False), choose_device(config.device)
     dtype = choose_dtype("auto", device)
-    logging.getLogger("nrt_fast").setLevel(logging.ERROR)  # what is missing is told below
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
