@@ -10,7 +10,6 @@ from prime_rl.orchestrator.algo.base import iter_trainable_traces
 from prime_rl.orchestrator.algo.grpo import GRPOAlgorithm
 from torch import Tensor
 from verifiers.v1.graph import MessageNode
-from verifiers.v1.trace import Reward as VerifiersReward
 
 from nrt_fast.adapters.prompt_logprobs import delimiter_id, encode_answer, score_trace, trace_objective
 from nrt_fast.config import Reward, RewardClip
@@ -69,7 +68,7 @@ class NRTAlgorithm(GRPOAlgorithm):
             ask, prompt_ids, sampled_ids, answer_ids, delimiter_id=self.delimiter_id, objective=self.objective,
             shared=shared.setdefault((*prompt_ids, -1, *answer_ids), {}), where=where,
         )  # fmt: skip
-        trace.rewards["nrt"] = VerifiersReward(score=scored.reward)
+        trace.rewards["nrt"] = vf.Reward(score=scored.reward)
         trace.metrics |= scored.metrics
         appended = [] if scored.closed else [self.delimiter_id]
         node = MessageNode(
