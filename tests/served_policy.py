@@ -1,12 +1,15 @@
-"""The starter model behind what an inference server offers: sampling up to a stop id, and log-probabilities of a prompt."""
+"""The starter model as an inference server: it samples up to a delimiter, and tells log-probabilities of a prompt."""
 
 from functools import cache
 from itertools import count
 from pathlib import Path
 
 import nrt_fast
-from nrt_fast import Engine, Model
+from nrt_fast import Engine, Model, rewards
+from nrt_fast.adapters.prompt_logprobs import encode_answer, split_at_delimiter
+from nrt_fast.config import Objective
 from nrt_fast.data import load_tokenizer
+from nrt_fast.types import Traces
 
 STARTER = Path(nrt_fast.__file__).parent / "starter/model"
 DELIMITER_ID = 5
@@ -26,6 +29,11 @@ class ServedPolicy:
         self.scored: list[list[int]] = []
         self._seeds = count()
 
+    def prompt_ids(self, question: str) -> list[int]:
+        """Ids of a question, up to where the model takes its turn."""
+        turns = [{"role": "user", "content": question}]
+        return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+
     def sample(self, prompt_ids: list[int], max_tokens: int) -> tuple[list[int], list[float]]:
         """(ids, their log-probabilities); the delimiter is the last id where it was sampled."""
         traces = self.engine.rollout(
@@ -39,6 +47,13 @@ class ServedPolicy:
         """Of every id but the first, by a forward pass of its own."""
         self.scored.append(ids)
         return list(self._logprobs(tuple(ids)))
+
+    def reward(self, prompt_ids: list[int], sampled_ids: list[int], answer: str, objective: Objective) -> float:
+        """What the engine makes of a trace: the figure that an adapter's is compared with."""
+        trace, closed = split_at_delimiter(sampled_ids, DELIMITER_ID)
+        scores = self.engine.score([prompt_ids], [[trace]], [encode_answer(answer, self.tokenizer, "")])
+        traces = Traces([[trace]], [[[]]], [[0.0 if closed else None]])
+        return float(rewards.reward(scores, traces, objective, noise=0.0, names=[""]).shaped[0])
 
     @cache  # noqa: B019, one policy for a module
     def _logprobs(self, ids: tuple[int, ...]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What adapters of other trainers share: the reward by a server's log-probabilities of prompts, against the engine's own.
+"""What adapters of other trainers share: the reward by a server's log-probabilities of prompts, against the engine's.
 
 Checks against the trainers themselves are in tests/compat.
 """
@@ -47,9 +47,7 @@ def ask(policy):
 def group(policy):
     """(prompt ids, what was sampled for it, answer ids): four traces, the empty one, and one that an EOS ended."""
     row = tasks.rows("train", 1, seed=3)[0]
-    prompt = policy.tokenizer.apply_chat_template(
-        [{"role": "user", "content": row["question"]}], add_generation_prompt=True, return_dict=False
-    )
+    prompt = policy.prompt_ids(row["question"])
     sampled = [policy.sample(prompt, MAX_TRACE)[0] for _ in range(4)]
     sampled += [[DELIMITER_ID], [9, policy.tokenizer.eos_token_id]]
     return prompt, sampled, encode_answer(row["answer"], policy.tokenizer, "row 0")

@@ -14,11 +14,10 @@ import pytest
 import torch
 from served_policy import DELIMITER_ID, ServedPolicy
 
-from nrt_fast import rewards
-from nrt_fast.adapters.prompt_logprobs import encode_answer, split_at_delimiter
+from nrt_fast.adapters.prompt_logprobs import encode_answer
 from nrt_fast.config import Objective
 from nrt_fast.starter import tasks
-from nrt_fast.types import Traces, UserError
+from nrt_fast.types import UserError
 
 NUM_TRACES, MAX_TRACE, MAX_LENGTH = 8, 14, 120
 
@@ -95,7 +94,10 @@ def vllm():
 def write(tmp_path):
     def file(body=""):
         path = tmp_path / "agent.py"
-        path.write_text(f"from nrt_fast.adapters import openrlhf\n\nclass AgentExecutor(openrlhf.AgentExecutor):\n    {body or 'pass'}\n")
+        path.write_text(
+            "from nrt_fast.adapters import openrlhf\n\n"
+            f"class AgentExecutor(openrlhf.AgentExecutor):\n    {body or 'pass'}\n"
+        )
         return str(path)
 
     return file
@@ -111,9 +113,7 @@ def respond(policy):
         actor = object.__new__(actor_class)
         actor.executor = vllm_engine._load_agent_executor(path)
         actor.llm, actor._mm_pad_token_ids = AsyncLLMEngine(policy), None
-        prompt = policy.tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["question"]}], tokenize=False, add_generation_prompt=True
-        )
+        prompt = policy.tokenizer.decode(policy.prompt_ids(row["question"]))
         params = {"max_tokens": MAX_TRACE, "min_tokens": 1, "logprobs": 1} | params
         return asyncio.run(
             actor.generate_responses(
@@ -129,19 +129,6 @@ def row():
     return tasks.rows("train", 1, seed=3)[0]
 
 
-def expected_rewards(policy, responses, row, objective):
-    answer = encode_answer(row["answer"], policy.tokenizer, "")
-    result = []
-    for response in responses:
-        ((start, end),) = response["action_ranges"]
-        ids = response["observation_tokens"]
-        trace, closed = split_at_delimiter(ids[start:end], DELIMITER_ID)
-        scores = policy.engine.score([ids[:start]], [[trace]], [answer])
-        ends = Traces([], [], [[0.0 if closed else None]])
-        result.append(rewards.reward(scores, ends, objective, noise=0.0, names=[""]).shaped[0])
-    return torch.cat(result)
-
-
 @pytest.mark.parametrize(
     ("body", "objective"),
     [("", Objective()), ("reward, reward_clip = 'gm', 'none'", Objective(reward="gm", reward_clip="none"))],
@@ -149,7 +136,12 @@ def expected_rewards(policy, responses, row, objective):
 def test_the_actor_returns_our_reward_for_what_it_sampled(policy, write, respond, row, body, objective):
     responses = respond(write(body), row)
     given = torch.tensor([response["reward"] for response in responses])
-    torch.testing.assert_close(given, expected_rewards(policy, responses, row, objective), rtol=1e-4, atol=1e-5)
+    expected = [
+        policy.reward(response["observation_tokens"][:start], response["observation_tokens"][start:end], row["answer"],
+                      objective)
+        for response in responses for start, end in response["action_ranges"]
+    ]  # fmt: skip
+    torch.testing.assert_close(given, torch.tensor(expected), rtol=1e-4, atol=1e-5)
     assert given.max() > given.min()
     assert {response["extra_logs"]["nrt/delimiter_rate"] for response in responses} == {0.0, 1.0}
     assert [response["scores"] for response in responses] == [

@@ -13,13 +13,12 @@ from prime_rl.trainer.rl.loss import compute_loss, setup_rl_loss_fn
 from served_policy import DELIMITER_ID, STARTER, ServedPolicy
 from verifiers.v1.graph import MessageNode
 
-from nrt_fast import rewards
 from nrt_fast.adapters.prime_rl import NRTAlgorithm
 from nrt_fast.adapters.prompt_logprobs import encode_answer, split_at_delimiter
 from nrt_fast.config import Objective
 from nrt_fast.reference.loss import cispo
 from nrt_fast.starter import tasks
-from nrt_fast.types import Traces, UserError
+from nrt_fast.types import UserError
 
 MAX_TRACE = 14
 
@@ -55,9 +54,7 @@ def algorithm(policy):
 
 
 def episode(policy, row, sampled=None):
-    prompt = policy.tokenizer.apply_chat_template(
-        [{"role": "user", "content": row["question"]}], add_generation_prompt=True, return_dict=False
-    )
+    prompt = policy.prompt_ids(row["question"])
     ids, logprobs = policy.sample(prompt, MAX_TRACE) if sampled is None else (sampled, [-1.0] * len(sampled))
     *question, scaffold = prompt  # prime-rl's assistant node starts with the generation prompt
     nodes = [
@@ -76,7 +73,7 @@ def episode(policy, row, sampled=None):
 def group(policy):
     """Sampled traces, one that is cut, and the empty one."""
     row = tasks.rows("train", 1, seed=3)[0]
-    return [episode(policy, row) for _ in range(3)] + [episode(policy, row, [9, 10]), episode(policy, row, [DELIMITER_ID])]
+    return [episode(policy, row, sampled) for sampled in (None, None, None, [9, 10], [DELIMITER_ID])]
 
 
 def test_traces_earn_our_reward_and_ship_the_answer_as_cross_entropy(policy, algorithm, group):
@@ -88,16 +85,15 @@ def test_traces_earn_our_reward_and_ship_the_answer_as_cross_entropy(policy, alg
     for sample in samples:
         start = sample.mask.index(True)
         end = start + sum(sample.mask)
-        trace, closed = split_at_delimiter(sample.token_ids[start:end], DELIMITER_ID)
-        scores = policy.engine.score([sample.token_ids[:start]], [[trace]], [answer])
-        ends = Traces([], [], [[0.0 if closed else None]])
-        expected.append(rewards.reward(scores, ends, Objective(), noise=0.0, names=[""]).shaped[0])
+        prompt, sampled = sample.token_ids[:start], sample.token_ids[start:end]
+        expected.append(policy.reward(prompt, sampled, traces[0].task.data.answer, Objective()))
+        trace, closed = split_at_delimiter(sampled, DELIMITER_ID)
         appended = [] if closed else [DELIMITER_ID]
-        assert sample.token_ids == [*sample.token_ids[:start], *trace, DELIMITER_ID, *answer]
+        assert sample.token_ids == [*prompt, *trace, DELIMITER_ID, *answer]
         assert sample.token_ids[end:] == appended + answer
         assert sample.ce_weights == [0.0] * end + [0.3] * len(appended) + [1.0] * len(answer)
         assert sample.rl_weights is None and not any(sample.mask[end:])
-    given, expected = torch.tensor([trace.reward for trace in traces]), torch.cat(expected)
+    given, expected = torch.tensor([trace.reward for trace in traces]), torch.tensor(expected)
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
     assert given.max() > 0 and given[-1] == 0
     assert {trace.metrics["nrt/delimiter_rate"] for trace in traces} == {0.0, 1.0}
@@ -145,8 +141,8 @@ def test_the_custom_loss_adds_up_in_prime_rls(policy, algorithm, group):
     config = CustomLossConfig(import_path="nrt_fast.adapters.prime_rl.cispo_loss", kwargs={"epsilon_high": 0.25})
     rl_scale, ce_scale = int(sum(m.sum() for m in mask)), int(sum((w != 0).sum() for w in weights))
     loss, metrics = compute_loss(
-        trainer_logprobs=trainer, inference_logprobs=inference, ref_logprobs=None, advantages=advantages, loss_mask=mask,
-        rl_weights=None, ce_weights=weights, ref_kl_weights=None, rl_loss_fn=setup_rl_loss_fn(config),
+        trainer_logprobs=trainer, inference_logprobs=inference, ref_logprobs=None, advantages=advantages,
+        loss_mask=mask, rl_weights=None, ce_weights=weights, ref_kl_weights=None, rl_loss_fn=setup_rl_loss_fn(config),
         rl_scale=rl_scale, ce_scale=ce_scale, ref_kl_scale=1,
     )  # fmt: skip
     by_hand = sum(
@@ -155,9 +151,5 @@ def test_the_custom_loss_adds_up_in_prime_rls(policy, algorithm, group):
     )
     torch.testing.assert_close(loss, by_hand)
     loss.backward()
-    assert all(
-        t.grad[w != 0].all() and not t.grad[~m & (w == 0)].any() for t, m, w in zip(trainer, mask, weights)
-    )
+    assert all(t.grad[w != 0].all() and not t.grad[~m & (w == 0)].any() for t, m, w in zip(trainer, mask, weights))
     assert len(metrics["is_masked"]) == len(samples) and 0 < metrics["is_masked"].max() <= 1
-
-

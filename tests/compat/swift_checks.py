@@ -60,10 +60,11 @@ class Watched(NRT):
 orms["nrt"] = Watched
 '''
 ARGUMENTS = """--rlhf_type grpo --model_type llama --template starter --use_hf true --reward_funcs nrt --callbacks nrt
-    --tuner_type full --torch_dtype float32 --num_generations 4 --per_device_train_batch_size 8 --max_completion_length 14
-    --max_length 64 --max_steps 2 --learning_rate 1e-2 --lr_scheduler_type constant --report_to none --logging_steps 1
-    --save_strategy no --eval_strategy no --gradient_checkpointing false --use_vllm false --dataset_num_proc 1
-    --dataloader_num_workers 0 --split_dataset_ratio 0 --bf16 false --fp16 false --use_cpu true""".split()
+    --tuner_type full --torch_dtype float32 --num_generations 4 --per_device_train_batch_size 8
+    --max_completion_length 14 --max_length 64 --max_steps 2 --learning_rate 1e-2 --lr_scheduler_type constant
+    --report_to none --logging_steps 1 --save_strategy no --eval_strategy no --gradient_checkpointing false
+    --use_vllm false --dataset_num_proc 1 --dataloader_num_workers 0 --split_dataset_ratio 0
+    --bf16 false --fp16 false --use_cpu true""".split()
 
 
 @pytest.mark.parametrize("choice", ["ws_log", "gm"])
@@ -78,7 +79,8 @@ def test_swift_rlhf_trains_on_our_reward_of_the_live_weights(tmp_path, choice):
     result = subprocess.run(
         [sys.executable, "-m", "swift.cli.rlhf", "--model", str(STARTER), "--external_plugins", str(plugin),
          "--dataset", str(data), "--stop_words", "</think>", "--output_dir", str(tmp_path / "out"), *ARGUMENTS],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert "'rewards/Watched/mean'" in result.stdout

@@ -12,7 +12,6 @@ import pytest
 import torch
 import verl
 from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
 from served_policy import DELIMITER_ID, STARTER, ServedPolicy
 from verl import DataProto
 from verl.experimental.agent_loop.agent_loop import AgentLoopWorker, _agent_loop_registry
@@ -21,15 +20,13 @@ from verl.workers.config import ActorConfig
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
-from nrt_fast import rewards
 from nrt_fast.adapters import verl as adapter
-from nrt_fast.adapters.prompt_logprobs import encode_answer, split_at_delimiter
 from nrt_fast.config import Objective
 from nrt_fast.reference.loss import cispo
 from nrt_fast.starter import tasks
-from nrt_fast.types import Traces, UserError
+from nrt_fast.types import UserError
 
-NUM_TRACES, MAX_TRACE = 4, 14
+NUM_TRACES, MAX_PROMPT, MAX_TRACE = 4, 64, 14
 
 
 class Client(LLMServerClient):
@@ -48,8 +45,8 @@ class Client(LLMServerClient):
             ids, logprobs = self.policy.sample(prompt_ids, self.config.actor_rollout_ref.rollout.response_length)
             return TokenOutput(token_ids=ids, log_probs=logprobs, stop_reason="completed", extra_fields={"x": 1})
         assert params == {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
-        told = [[logprob] for logprob in self.policy.prompt_logprobs(prompt_ids)] + [[0.0]]
-        return TokenOutput(token_ids=[0], log_probs=None, stop_reason="completed", extra_fields={"prompt_logprobs": told})
+        told = {"prompt_logprobs": [[logprob] for logprob in self.policy.prompt_logprobs(prompt_ids)] + [[0.0]]}
+        return TokenOutput(token_ids=[0], log_probs=None, stop_reason="completed", extra_fields=told)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +61,8 @@ def config(policy):
         config = compose("ppo_trainer", overrides=[
             f"actor_rollout_ref.model.path={STARTER}", "actor_rollout_ref.model.external_lib=nrt_fast.adapters.verl",
             "actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.rollout.agent.default_agent_loop=nrt",
-            "actor_rollout_ref.rollout.prompt_length=64", f"actor_rollout_ref.rollout.response_length={MAX_TRACE}",
+            f"actor_rollout_ref.rollout.prompt_length={MAX_PROMPT}",
+            f"actor_rollout_ref.rollout.response_length={MAX_TRACE}",
             "actor_rollout_ref.rollout.calculate_log_probs=true",
         ])  # fmt: skip
     return config
@@ -92,16 +90,14 @@ def generate(config, policy, batch, client=Client):
 
 def expected_rewards(policy, output, batch, objective):
     """By the engine, from the ids that verl will train."""
-    result = []
-    for row in range(len(output)):
-        prompt = output.batch["prompts"][row][output.batch["attention_mask"][row][:64].bool()].tolist()
-        sampled = output.batch["responses"][row][output.batch["response_mask"][row].bool()].tolist()
-        trace, closed = split_at_delimiter(sampled, DELIMITER_ID)
-        answer = encode_answer(batch.non_tensor_batch["reward_model"][row]["ground_truth"], policy.tokenizer, "")
-        scores = policy.engine.score([prompt], [[trace]], [answer])
-        traces = Traces([], [], [[0.0 if closed else None]])
-        result.append(rewards.reward(scores, traces, objective, noise=0.0, names=["row"]).shaped[0])
-    return torch.cat(result)
+    rows = zip(output.batch["prompts"], output.batch["attention_mask"], output.batch["responses"],
+               output.batch["response_mask"], batch.non_tensor_batch["reward_model"])  # fmt: skip
+    return torch.tensor([
+        policy.reward(
+            prompt[mask[:MAX_PROMPT].bool()].tolist(), response[sampled.bool()].tolist(), row["ground_truth"], objective
+        )
+        for prompt, mask, response, sampled, row in rows
+    ])  # fmt: skip
 
 
 def test_a_worker_returns_our_reward_for_what_it_sampled(config, policy, batch):

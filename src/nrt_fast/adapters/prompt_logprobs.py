@@ -1,7 +1,7 @@
 """The reward where sampling is left to a server of its own: the answer is scored as part of a prompt.
 
-vLLM and SGLang tell the log-probability of every id of a prompt. Such a request reads no prefix cache, so that prompt and
-trace go through the model again: G (P + Z + A + 1) + (P + A + 1) ids a prompt, where our engine needs (G + 1) A.
+vLLM and SGLang tell the log-probability of every id of a prompt. Such a request reads no prefix cache, so that prompt
+and trace go through the model again: G (P + Z + A + 1) + (P + A + 1) ids a prompt, where our engine needs (G + 1) A.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from nrt_fast.types import Traces, UserError
 
 
 class NRTCallback(TrainerCallback):
-    """``--callbacks nrt``: the one place where ms-swift shows a plugin its trainer, before a reward function is made."""
+    """``--callbacks nrt``: the one place where ms-swift shows a plugin its trainer; reward functions are made later."""
 
     trainer: Any = None
 
@@ -31,8 +31,8 @@ class NRTCallback(TrainerCallback):
 class NRT(ORM):
     """R of every completion for the reference in the column ``solution``, by the weights that are being trained.
 
-    The trace is what stands before a completion's first delimiter. Prompts are read once, and the weights where they are.
-    A subclass, put into ``orms`` in its place, changes the choices.
+    The trace is what stands before a completion's first delimiter. Prompts are run once, and weights are read where
+    they are. A subclass, put into ``orms`` in its place, changes the choices.
 
     Attributes:
         delimiter: the one token that ends a trace.
