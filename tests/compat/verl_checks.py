@@ -63,7 +63,9 @@ def config(policy):
             "actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.rollout.agent.default_agent_loop=nrt",
             f"actor_rollout_ref.rollout.prompt_length={MAX_PROMPT}",
             f"actor_rollout_ref.rollout.response_length={MAX_TRACE}",
-            "actor_rollout_ref.rollout.calculate_log_probs=true",
+            "actor_rollout_ref.rollout.calculate_log_probs=true", "actor_rollout_ref.rollout.max_model_len=4096",
+            "actor_rollout_ref.actor.policy_loss.loss_mode=nrt", "actor_rollout_ref.actor.clip_ratio_high=0.28",
+            "algorithm.adv_estimator=grpo", "algorithm.norm_adv_by_std_in_grpo=False", "trainer.v1.trainer_mode=sync",
         ])  # fmt: skip
     return config
 
