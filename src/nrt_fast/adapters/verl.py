@@ -63,7 +63,7 @@ class NRTAgentLoop(SingleTurnAgentLoop):
         output = await self.server_manager.generate(uuid4().hex, prompt_ids=ids, sampling_params=dict(SCORING))
         if "prompt_logprobs" not in output.extra_fields:
             client = type(self.server_manager).__name__
-            raise UserError(f"{client} gave no prompt_logprobs (verl's asynchronous trainers drop them); valid: sync")
+            raise UserError(f"{client} gave no prompt_logprobs; valid: trainer.v1.trainer_mode=sync, whose client does")
         *logprobs, _ = output.extra_fields["prompt_logprobs"]  # the last one fills up the length
         return [own for (own,) in logprobs]
 
