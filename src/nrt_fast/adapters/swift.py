@@ -1,0 +1,120 @@
+"""ms-swift's reward function "nrt", and the callback "nrt" that hands it the live policy; docs/embedding.md."""
+
+from __future__ import annotations
+
+from copy import copy
+from itertools import chain
+from typing import Any
+
+from swift.callbacks import TrainerCallback, callbacks_map
+from swift.rewards import ORM, orms
+
+from nrt_fast import rewards
+from nrt_fast.adapters.prompt_logprobs import delimiter_id, encode_answer, split_at_delimiter, trace_objective
+from nrt_fast.config import Reward, RewardClip
+from nrt_fast.data.tokenizer import END_OF_THINKING
+from nrt_fast.engine import Engine
+from nrt_fast.model import Model
+from nrt_fast.types import Traces, UserError
+
+
+class NRTCallback(TrainerCallback):
+    """``--callbacks nrt``: the one place where ms-swift shows a plugin its trainer; reward functions are made later."""
+
+    trainer: Any = None
+
+    def __init__(self, args: Any, trainer: Any):
+        super().__init__(args, trainer)
+        NRTCallback.trainer = trainer
+
+
+class NRT(ORM):
+    """R of every completion for the reference in the column ``solution``, by the weights that are being trained.
+
+    The trace is what stands before a completion's first delimiter. Prompts are run once, and weights are read where
+    they are. A subclass, put into ``orms`` in its place, changes the choices.
+
+    Attributes:
+        delimiter: the one token that ends a trace.
+        reward: logp, prob, am, gm, ws_inv or ws_log.
+        reward_clip: zero, unit or none.
+    """
+
+    delimiter: str = END_OF_THINKING
+    reward: Reward = "ws_log"
+    reward_clip: RewardClip = "zero"
+
+    def __init__(self, args: Any = None, **kwargs):
+        super().__init__(args, **kwargs)
+        if NRTCallback.trainer is None:
+            raise UserError("the reward nrt needs the live policy; valid: --callbacks nrt")
+        self.trainer = NRTCallback.trainer
+        self.objective = trace_objective(self.reward, self.reward_clip)
+        self._engine: Engine | None = None
+
+    def __call__(
+        self, completions: list[str], *, messages: list[list[dict]], solution: list[str],
+        response_token_ids: list[list], **kwargs,
+    ) -> list[float]:  # fmt: skip
+        """R after baseline and clip, one for each completion.
+
+        Raises:
+            UserError: completions without ids, an answer that is no text, or parameters that are in pieces.
+        """
+        if not all(response_token_ids):
+            raise UserError("a completion came without its token ids; valid: rollouts by vLLM or transformers")
+        engine, tokenizer = self._policy(), self.trainer.template.tokenizer
+        groups: dict[tuple, list[int]] = {}
+        for row, turns in enumerate(messages):
+            key = tuple(self._prompt_ids(turns, kwargs, row)), solution[row]
+            groups.setdefault(key, []).append(row)
+        prompts = [list(ids) for ids, _ in groups]
+        answers = [encode_answer(answer, tokenizer, f"row {rows[0]}") for (_, answer), rows in groups.items()]
+        traces = _traces(response_token_ids, list(groups.values()), engine.delimiter_id)
+        scores = engine.score(prompts, traces.trace_ids, answers)
+        names = [f"row {rows[0]} of the batch" for rows in groups.values()]
+        shaped = rewards.reward(scores, traces, self.objective, noise=0.0, names=names).shaped
+        by_row = dict(zip(chain(*groups.values()), chain(*(reward_G.tolist() for reward_G in shaped)), strict=True))
+        return [by_row[row] for row in range(len(completions))]
+
+    def _policy(self) -> Engine:
+        """An engine on the trainer's own parameters, made at the first call."""
+        if self._engine is None:
+            module = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            if any(hasattr(parameter, name) for parameter in module.parameters() for name in ("ds_id", "full_tensor")):
+                raise UserError("the policy's parameters are in pieces; valid: one process, DDP, ZeRO-1 or 2")
+            tokenizer = self.trainer.template.tokenizer
+            self._engine = Engine(
+                Model.from_hf(module), delimiter_id=delimiter_id(tokenizer, self.delimiter),
+                eos_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        return self._engine
+
+    def _prompt_ids(self, messages: list[dict], columns: dict[str, list], row: int) -> list[int]:
+        """Ids of the turns before the completion, as the rollout encoded them."""
+        template = copy(self.trainer.template)
+        template.set_mode("transformers")  # up to where the model takes its turn
+        template.max_length = None
+        turns = {"messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
+        if (kwargs := columns.get("chat_template_kwargs")) is not None:
+            turns["chat_template_kwargs"] = kwargs[row]
+        return template.encode(turns)["input_ids"]
+
+
+def _traces(response_token_ids: list[list], groups: list[list[int]], delimiter: int) -> Traces:
+    """[P][G]; what the sampler thought of them is not asked for."""
+    split = [[split_at_delimiter(_flat(response_token_ids[row]), delimiter) for row in rows] for rows in groups]
+    return Traces(
+        [[trace for trace, _ in group] for group in split],
+        [[[] for _ in group] for group in split],
+        [[0.0 if closed else None for _, closed in group] for group in split],
+    )
+
+
+def _flat(ids: list) -> list[int]:
+    """ms-swift has the ids of one turn as they are, or in a list of turns."""
+    return list(chain(*ids)) if isinstance(ids[0], list) else ids
+
+
+orms["nrt"] = NRT
+callbacks_map["nrt"] = NRTCallback
