@@ -1,4 +1,4 @@
-"""What mkdocs does besides: links into the repository become text, and a page that would ask another host is an error."""
+"""What mkdocs does besides: links into the repository become text; a page that would ask another host is an error."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A reward of one's own, in a loop of one's own: the engine samples and scores with a transformers model's live weights.
+"""A reward of one's own, in a loop of one's own: the engine runs on a transformers model's live weights.
 
     python examples/custom_reward.py [FOLDER]        a Hugging Face folder; the built-in starter if absent
 
@@ -25,14 +25,16 @@ def main(folder: str | Path = MODEL_DIR, num_steps: int = 10, num_prompts: int =
     delimiter = tokenizer.convert_tokens_to_ids("</think>")
     engine = Engine(Model.from_hf(module), delimiter_id=delimiter, eos_id=tokenizer.eos_token_id)
 
-    def prompt_ids(question: str) -> list[int]:
-        turns = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    def ids_of(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def prompt_of(question: str) -> str:
+        turns = [{"role": "user", "content": question}]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
     pairs = tasks.rows("train", num_steps * num_prompts, seed=0)
-    prompts = [prompt_ids(pair["question"]) for pair in pairs]
-    answers = [[*tokenizer(pair["answer"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for pair in pairs]
+    prompts = [ids_of(prompt_of(pair["question"])) for pair in pairs]
+    answers = [[*ids_of(pair["answer"]), tokenizer.eos_token_id] for pair in pairs]
 
     means = []
     for step in range(num_steps):

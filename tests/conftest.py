@@ -75,6 +75,18 @@ def make_module():
 
 
 @pytest.fixture(scope="session")
+def llama_8b(tmp_path_factory) -> Path:
+    """A folder with the shape of Llama 3.1 8B, and no weights."""
+    from transformers import LlamaConfig
+
+    shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+    folder = tmp_path_factory.mktemp("models") / "llama-3.1-8b"
+    LlamaConfig(**shape, **heads).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def reference_logits():
     """What everything is compared with: [T, V] of one sequence, by transformers, without a cache or a batch."""
 

@@ -4,12 +4,7 @@ import runpy
 import shutil
 from pathlib import Path
 
-import pytest
-
-from nrt_fast import cli, loop
-from nrt_fast.config import TrainConfig
-from nrt_fast.plan import GIB
-from nrt_fast.run import estimate
+from nrt_fast import arguments, cli, loop
 from nrt_fast.starter import MODEL_DIR
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -25,7 +20,7 @@ def config_of(name, **changes):
     argv = ["--config", str(EXAMPLES / name)]
     for field, value in changes.items():
         argv += [f"--{field}", str(value)]
-    return cli.parse(argv, cli.COMMANDS["train"].arguments)[0]
+    return arguments.parse(argv, cli.COMMANDS["train"].arguments)[0]
 
 
 def test_every_example_is_tested():
@@ -55,11 +50,21 @@ def test_mistral(make_module, tiny_run, tmp_path):
     make_module("mistral", vocab_size=512, sliding_window=None).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL_DIR / name, folder)
-    tiny = tiny_run(tmp_path / "run")
-    sizes = {name: value for name, value in tiny.given.items() if name != "learning_rate"}
-    config = config_of("mistral.yaml", **sizes | {"model_name_or_path": folder, "max_steps": 2})
-    summary = loop.train(config)
-    assert summary["config"]["learning_rate"] == 1e-6
+    sizes = tiny_run(tmp_path / "run").given | {"max_steps": 2, "learning_rate": 1e-6}
+    summary = loop.train(config_of("mistral.yaml", **sizes, model_name_or_path=folder))
+    assert summary["config"]["lr_scheduler_type"] == "cosine"
     assert (tmp_path / "run/final/config.json").read_text().count("MistralForCausalLM") == 1
 
 
+def test_lora_fits_a_card_of_24_gb(llama_8b, capsys):
+    argv = ["--config", str(EXAMPLES / "lora_24gb.yaml"), "--model_name_or_path", str(llama_8b)]
+    assert cli.main(["estimate", *argv, "--device_memory_gib", "23.5"]) == 0
+    assert "8,030,261,248 parameters in bfloat16" in capsys.readouterr().out
+
+
+def test_lora_trains_an_adapter(tiny_run, tmp_path):
+    """The file's choices on the starter; sizes, device and data apart."""
+    sizes = tiny_run(tmp_path / "run").given | {"max_steps": 1, "learning_rate": 2e-5}
+    summary = loop.train(config_of("lora_24gb.yaml", **sizes, model_name_or_path=MODEL_DIR))
+    assert (summary["config"]["lora_r"], summary["config"]["lora_alpha"]) == (16, 32)
+    assert (tmp_path / "run/final/adapter_model.safetensors").exists()

@@ -6,8 +6,8 @@ python         executed; the blocks of a page share their names
 yaml           checked as a configuration of train, and kept as run.yaml
 bash, console  one command after another; what a console block shows under a command is compared ("..." skips)
 
-A command on something that is not here (a hub id, a GPU) is parsed and checked only. A block, or a line of one, that cannot
-be tested at all says why, for its readers too: ``# not run: needs a GPU``. NOT_RUN counts those.
+A command on something that is not here (a hub id, a GPU) is parsed and checked only. A block, or a line of one, that
+cannot be tested at all says why, for its readers too: ``# not run: needs a GPU``. NOT_RUN counts those.
 """
 
 import json
@@ -21,20 +21,16 @@ from typing import NamedTuple
 
 import pytest
 
-from nrt_fast import cli
+from nrt_fast import arguments, cli
 from nrt_fast.starter import MODEL_DIR
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 NOT_RUN = 2
-FENCE = re.compile(r"^```(\w*).*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"^(\$ )?(nrt-fast|make|pip|python) ", re.MULTILINE)
 REASON = re.compile(r"# not run: .+")
 INCLUDED = re.compile(r'--8<-- "(.+)"\n')
-LLAMA_8B = {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-}  # fmt: skip
 LLAMA_WORDS = {"vocab_size": 128256, "hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 512}
 SMALL = {"train": ["--dry_run", "--prompts_per_step=2"], "score": ["--num_prompts=4"], "eval": ["--num_prompts=4"]}
 
@@ -65,10 +61,8 @@ def commands(block):
 
 
 @pytest.fixture
-def workspace(tmp_path, finished, make_module, monkeypatch):
+def workspace(tmp_path, finished, make_module, llama_8b, monkeypatch):
     """The working folder, with what pages speak of: data, configuration, models, a finished run."""
-    from transformers import LlamaConfig
-
     trained_on = json.loads((finished / "summary.json").read_text())["config"]["dataset_name"]
     shutil.copy(trained_on, tmp_path / "pairs.jsonl")
     for run in ("runs/demo", "runs/mine"):
@@ -76,7 +70,7 @@ def workspace(tmp_path, finished, make_module, monkeypatch):
     (tmp_path / "path/to").mkdir(parents=True)
     (tmp_path / "path/to/model").symlink_to(MODEL_DIR)
     make_module("llama", **LLAMA_WORDS).save_pretrained(tmp_path / "path/to/folder")
-    LlamaConfig(**LLAMA_8B).save_pretrained(tmp_path / "llama-3.1-8b")
+    (tmp_path / "llama-3.1-8b").symlink_to(llama_8b)
     (tmp_path / "run.yaml").write_text("dataset_name: pairs.jsonl\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
@@ -92,7 +86,7 @@ def run_python(text, names):
 def check_configuration(text):
     text = INCLUDED.sub(lambda match: (ROOT / match[1]).read_text(), text)
     Path("run.yaml").write_text(text)
-    cli.parse(["--config", "run.yaml"], cli.COMMANDS["train"].arguments)
+    arguments.parse(["--config", "run.yaml"], cli.COMMANDS["train"].arguments)
 
 
 def run_command(line, shown, capsys):
@@ -136,7 +130,7 @@ def run_nrt_fast(words, shown, capsys):
 
 def is_here(words):
     """Parse a command; whether what it runs on is here."""
-    config, _ = cli.parse(words[1:], cli.COMMANDS[words[0]].arguments)
+    config, _ = arguments.parse(words[1:], cli.COMMANDS[words[0]].arguments)
     names = [getattr(config, "model_name_or_path", None), *getattr(config, "dataset_names", [])]
     names += getattr(config, "folders", [])
     here = words[0] == "estimate" or getattr(config, "device", "auto") in ("auto", "cpu")
