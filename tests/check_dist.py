@@ -35,16 +35,8 @@ def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as fresh:
         venv.create(fresh, with_pip=True)
         bin_folder, (site_packages,) = Path(fresh, "bin"), Path(fresh).glob("lib/python*/site-packages")
-        run(
-            bin_folder / "pip",
-            "install",
-            "--quiet",
-            "--no-index",
-            "--no-deps",
-            wheel,
-            CC="/bin/false",
-            CXX="/bin/false",
-        )
+        install = (bin_folder / "pip", "install", "--quiet", "--no-index", "--no-deps")
+        run(*install, wheel, CC="/bin/false", CXX="/bin/false")
         (site_packages / "others.pth").write_text(str(Path(find_spec("torch").origin).parents[1]))
         assert run(bin_folder / "python", "-c", USE, PYTHONPATH="") == version
         assert run(bin_folder / "nrt-fast", "--version", PYTHONPATH="") == f"nrt-fast {version}"

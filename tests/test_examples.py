@@ -4,6 +4,9 @@ import runpy
 import shutil
 from pathlib import Path
 
+import pytest
+from transformers import MistralConfig
+
 from nrt_fast import arguments, cli, loop
 from nrt_fast.starter import MODEL_DIR
 
@@ -56,10 +59,18 @@ def test_mistral(make_module, tiny_run, tmp_path):
     assert (tmp_path / "run/final/config.json").read_text().count("MistralForCausalLM") == 1
 
 
-def test_lora_fits_a_card_of_24_gb(llama_8b, capsys):
-    argv = ["--config", str(EXAMPLES / "lora_24gb.yaml"), "--model_name_or_path", str(llama_8b)]
-    assert cli.main(["estimate", *argv, "--device_memory_gib", "23.5"]) == 0
-    assert "8,030,261,248 parameters in bfloat16" in capsys.readouterr().out
+@pytest.mark.parametrize(("size", "code"), [("3b", 0), ("8b", 2)])
+def test_what_fits_a_card_of_24_gb(size, code, llama_folder):
+    argv = ["--config", str(EXAMPLES / "lora_24gb.yaml"), "--model_name_or_path", str(llama_folder(size))]
+    assert cli.main(["estimate", *argv, "--device_memory_gib", "23.5"]) == code
+
+
+def test_mistral_fits_a_card_of_141_gb(tmp_path):
+    shape = {"vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None}
+    MistralConfig(**shape, **heads).save_pretrained(tmp_path)
+    argv = ["--config", str(EXAMPLES / "mistral.yaml"), "--model_name_or_path", str(tmp_path)]
+    assert cli.main(["estimate", *argv, "--device_memory_gib", "139"]) == 0
 
 
 def test_lora_trains_an_adapter(tiny_run, tmp_path):

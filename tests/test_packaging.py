@@ -16,7 +16,8 @@ import nrt_fast
 from nrt_fast import ops
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "src", "triton_kernels"]
+FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"]
+SOURCES = [*FILES, "csrc", "src", "triton_kernels", "tests", "examples"]
 
 
 def copy_sources(folder):
@@ -75,8 +76,7 @@ def test_the_sdist_holds_what_a_wheel_is_built_from(tmp_path):
     name = f"nrt_fast-{nrt_fast.__version__}"
     with tarfile.open(tmp_path / f"{name}.tar.gz") as archive:
         files = {member.name.removeprefix(f"{name}/") for member in archive.getmembers() if member.isfile()}
-    expected = PACKAGE | KERNELS | files_of("csrc/*")
-    expected |= {"setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "PKG-INFO", "setup.cfg"}
+    expected = PACKAGE | KERNELS | files_of("csrc/*") | {*FILES, "PKG-INFO", "setup.cfg"}
     assert {file for file in files if "egg-info" not in file} == expected
 
 

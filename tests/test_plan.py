@@ -292,9 +292,9 @@ def estimate(capsys, *argv):
     return captured.out
 
 
-def test_estimate_needs_no_weights_and_no_device(capsys, llama_8b):
+def test_estimate_needs_no_weights_and_no_device(capsys, llama_folder):
     out = estimate(
-        capsys, "--model_name_or_path", str(llama_8b), "--device", "cuda", "--device_memory_gib", "139",
+        capsys, "--model_name_or_path", str(llama_folder("8b")), "--device", "cuda", "--device_memory_gib", "139",
         "--max_prompt_length=512", "--max_trace_length=600", "--max_answer_length=200", "--adam_moments_dtype=bfloat16",
     )  # fmt: skip
     assert "memory of cuda: 139.00 GiB" in out

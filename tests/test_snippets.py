@@ -22,11 +22,11 @@ from typing import NamedTuple
 import pytest
 
 from nrt_fast import arguments, cli
-from nrt_fast.starter import MODEL_DIR
+from nrt_fast.starter import MODEL_DIR, tasks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-NOT_RUN = 2
+NOT_RUN = 1
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"^(\$ )?(nrt-fast|make|pip|python) ", re.MULTILINE)
 REASON = re.compile(r"# not run: .+")
@@ -61,16 +61,16 @@ def commands(block):
 
 
 @pytest.fixture
-def workspace(tmp_path, finished, make_module, llama_8b, monkeypatch):
+def workspace(tmp_path, finished, make_module, llama_folder, monkeypatch):
     """The working folder, with what pages speak of: data, configuration, models, a finished run."""
-    trained_on = json.loads((finished / "summary.json").read_text())["config"]["dataset_name"]
-    shutil.copy(trained_on, tmp_path / "pairs.jsonl")
+    rows = tasks.rows("train", 100, seed=0)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for run in ("runs/demo", "runs/mine"):
         shutil.copytree(finished, tmp_path / run)
     (tmp_path / "path/to").mkdir(parents=True)
     (tmp_path / "path/to/model").symlink_to(MODEL_DIR)
     make_module("llama", **LLAMA_WORDS).save_pretrained(tmp_path / "path/to/folder")
-    (tmp_path / "llama-3.1-8b").symlink_to(llama_8b)
+    (tmp_path / "llama-3.1-8b").symlink_to(llama_folder("8b"))
     (tmp_path / "run.yaml").write_text("dataset_name: pairs.jsonl\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
