@@ -74,6 +74,7 @@ def workspace(tmp_path, finished, make_module, llama_folder, monkeypatch):
     (tmp_path / "run.yaml").write_text("dataset_name: pairs.jsonl\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # what pages show is a CPU's
     return tmp_path
 
 
