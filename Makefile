@@ -7,7 +7,7 @@ SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.c
 # Bytecode is made where it is first used: making all of torch's at the install would take most of its time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help demo test bench bench-baseline lab lab-quick kernels gpu-suite starter picture lint core-test clean
+.PHONY: help demo test bench bench-baseline lab lab-quick kernels gpu-suite starter picture docs dist lint core-test clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -30,10 +30,10 @@ build/bench.json: $(VENV)/installed-bench
 	$(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
 		--benchmark-json=$@
 
-lab: $(VENV)/installed-docs  ## Train every preset on three kinds of tasks (an hour; goes on if stopped), write docs/objectives.md
+lab: $(VENV)/installed-test  ## Train every preset on three kinds of tasks (an hour; goes on if stopped), write docs/objectives.md
 	$(BIN)/python bench/objectives.py
 
-lab-quick: $(VENV)/installed-docs  ## Three presets, fewer seeds and steps; fails if thinking does not pay where it is needed
+lab-quick: $(VENV)/installed-test  ## Three presets, fewer seeds and steps; fails if thinking does not pay where it is needed
 	$(BIN)/python bench/objectives.py --quick
 
 kernels: $(VENV)/installed-test  ## Write the table of what the compiler makes of each kernel
@@ -45,10 +45,18 @@ gpu-suite:  ## On a GPU machine, not installed: check every op, then time it bes
 starter: $(VENV)/installed  ## Make the starter model again from its recipe
 	$(BIN)/python -m nrt_fast.starter.recipe --output_dir src/nrt_fast/starter/model
 
-picture: $(VENV)/installed-docs  ## Draw docs/demo.svg and, with Chromium, docs/report.png from the run in runs/demo
+picture: $(VENV)/installed-test  ## Draw docs/demo.svg and, with Chromium, docs/report.png from the run in runs/demo
 	$(BIN)/python docs/plot_run.py runs/demo docs/demo.svg
 	$(BIN)/nrt-fast report runs/demo
 	$(BIN)/python docs/picture_report.py runs/demo/report.html docs/report.png
+
+docs: $(VENV)/installed-docs  ## Build the site into build/site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(VENV)/installed-dist  ## Build an sdist and, from it, a wheel with the C++ ops; install that without a compiler
+	rm -rf dist
+	NRT_FAST_EXT=$${NRT_FAST_EXT:-cpu} $(BIN)/python -m build --no-isolation
+	$(BIN)/python tests/check_dist.py dist
 
 lint: $(VENV)/installed-test  ## Check style
 	$(BIN)/ruff check .
@@ -60,7 +68,7 @@ core-test:  ## Test the torch-free C++ core under AddressSanitizer and UBSan
 	ctest --test-dir build/core --output-on-failure
 
 clean:  ## Remove the virtual environment and what was built
-	rm -rf $(VENV) build src/*.egg-info src/nrt_fast/*.so
+	rm -rf $(VENV) build dist src/*.egg-info src/nrt_fast/*.so
 
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -75,6 +75,27 @@ def make_module():
 
 
 @pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    """Writer of folders with the shape of Llama 3.1 8B or 3.2 3B, and no weights."""
+    from transformers import LlamaConfig
+
+    shapes = {
+        "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+        "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
+    }
+
+    def folder(size: str) -> Path:
+        path = tmp_path_factory.mktemp("models") / size
+        vocabulary = {"vocab_size": 128256, "tie_word_embeddings": size == "3b"}
+        LlamaConfig(
+            **shapes[size], **vocabulary, num_key_value_heads=8, max_position_embeddings=131072
+        ).save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def reference_logits():
     """What everything is compared with: [T, V] of one sequence, by transformers, without a cache or a batch."""
 

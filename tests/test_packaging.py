@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,8 @@ import nrt_fast
 from nrt_fast import ops
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "src", "triton_kernels"]
+FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"]
+SOURCES = [*FILES, "csrc", "src", "triton_kernels", "tests", "examples"]
 
 
 def copy_sources(folder):
@@ -29,10 +31,10 @@ def copy_sources(folder):
     return folder
 
 
-def build_wheel(folder, **environment):
-    """Run the build backend's wheel hook on a copy of the sources, as pip would."""
+def build(folder, kind, **environment):
+    """Run the build backend's hook for a "wheel" or an "sdist" on a copy of the sources, as pip would."""
     sources = copy_sources(folder)
-    code = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
     return subprocess.run(
         [sys.executable, "-c", code, str(folder)], cwd=sources, env=os.environ | environment,
         capture_output=True, text=True, check=False,
@@ -45,24 +47,41 @@ def wheel_files(folder):
         return wheel.name, set(archive.namelist())
 
 
+def files_of(pattern):
+    """Files of the repository, by their paths in it."""
+    return {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern) if path.is_file()}
+
+
+PACKAGE = files_of("src/nrt_fast/**/*.py") | files_of("src/nrt_fast/starter/model/*")
+KERNELS = files_of("triton_kernels/*.py")
+
+
 def test_version_is_stated_once():
     assert metadata.version("nrt-fast") == nrt_fast.__version__
 
 
 def test_the_wheel_holds_every_module_and_the_starter(tmp_path):
-    result = build_wheel(tmp_path, NRT_FAST_EXT="none")
+    result = build(tmp_path, "wheel", NRT_FAST_EXT="none")
     assert result.returncode == 0, result.stderr
     name, files = wheel_files(tmp_path)
     assert name.endswith("-py3-none-any.whl")
-    expected = {f"nrt_fast/{path.relative_to(ROOT / 'src/nrt_fast')}" for path in ROOT.glob("src/nrt_fast/**/*.py")}
-    expected |= {f"nrt_fast/triton_kernels/{path.name}" for path in ROOT.glob("triton_kernels/*.py")}
-    expected |= {f"nrt_fast/starter/model/{path.name}" for path in ROOT.glob("src/nrt_fast/starter/model/*")}
-    assert expected <= files
-    assert not [file for file in files if not file.startswith(("nrt_fast/", "nrt_fast-"))]
+    expected = {path.removeprefix("src/") for path in PACKAGE} | {f"nrt_fast/{path}" for path in KERNELS}
+    about = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
+    assert files == expected | {f"nrt_fast-{nrt_fast.__version__}.dist-info/{path}" for path in about}
+
+
+def test_the_sdist_holds_what_a_wheel_is_built_from(tmp_path):
+    result = build(tmp_path, "sdist", NRT_FAST_EXT="none")
+    assert result.returncode == 0, result.stderr
+    name = f"nrt_fast-{nrt_fast.__version__}"
+    with tarfile.open(tmp_path / f"{name}.tar.gz") as archive:
+        files = {member.name.removeprefix(f"{name}/") for member in archive.getmembers() if member.isfile()}
+    expected = PACKAGE | KERNELS | files_of("csrc/*") | {*FILES, "PKG-INFO", "setup.cfg"}
+    assert {file for file in files if "egg-info" not in file} == expected
 
 
 def test_without_a_compiler_the_wheel_is_built_and_works(tmp_path):
-    result = build_wheel(tmp_path, CC="/bin/false", CXX="/bin/false")
+    result = build(tmp_path, "wheel", CC="/bin/false", CXX="/bin/false")
     assert result.returncode == 0, result.stderr
     assert 'building extension "nrt_fast._C" failed' in result.stdout + result.stderr
     (wheel,) = tmp_path.glob("*.whl")
@@ -82,19 +101,19 @@ def test_without_a_compiler_the_wheel_is_built_and_works(tmp_path):
 
 
 def test_an_extension_that_was_asked_for_must_build(tmp_path):
-    result = build_wheel(tmp_path, NRT_FAST_EXT="cpu", CC="/bin/false", CXX="/bin/false")
+    result = build(tmp_path, "wheel", NRT_FAST_EXT="cpu", CC="/bin/false", CXX="/bin/false")
     assert result.returncode != 0
 
 
 def test_an_unknown_build_option_is_named(tmp_path):
-    result = build_wheel(tmp_path, NRT_FAST_EXT="gpu")
+    result = build(tmp_path, "wheel", NRT_FAST_EXT="gpu")
     assert result.returncode != 0
     assert "NRT_FAST_EXT=gpu: expected auto, cpu, cuda or none" in result.stderr
 
 
 def test_cuda_that_was_asked_for_must_be_here(tmp_path):
     """Without nvcc on the PATH; with it, a torch without CUDA is named in the same way."""
-    result = build_wheel(tmp_path, NRT_FAST_EXT="cuda", PATH=str(tmp_path))
+    result = build(tmp_path, "wheel", NRT_FAST_EXT="cuda", PATH=str(tmp_path))
     assert result.returncode != 0
     assert "NRT_FAST_EXT=cuda: nvcc is not on the PATH" in result.stderr
 

@@ -292,18 +292,9 @@ def estimate(capsys, *argv):
     return captured.out
 
 
-@pytest.fixture
-def config_folder(tmp_path):
-    """An 8B model of which there is nothing but the config."""
-    shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-    tiny_config("llama", shape | heads).save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
-def test_estimate_needs_no_weights_and_no_device(capsys, config_folder):
+def test_estimate_needs_no_weights_and_no_device(capsys, llama_folder):
     out = estimate(
-        capsys, "--model_name_or_path", config_folder, "--device", "cuda", "--device_memory_gib", "139",
+        capsys, "--model_name_or_path", str(llama_folder("8b")), "--device", "cuda", "--device_memory_gib", "139",
         "--max_prompt_length=512", "--max_trace_length=600", "--max_answer_length=200", "--adam_moments_dtype=bfloat16",
     )  # fmt: skip
     assert "memory of cuda: 139.00 GiB" in out

@@ -32,9 +32,9 @@ class Thoughts:
     """Traces with what was measured on their caches.
 
     Attributes:
-        traces: [P][G].
+        traces: ``[P][G]``.
         scores: log c and log b.
-        answers: [P][G + 1] greedy answers, the last after an empty trace; empty where none were asked for.
+        answers: ``[P][G + 1]`` greedy answers, the last after an empty trace; empty where none were asked for.
     """
 
     traces: Traces
@@ -47,8 +47,8 @@ class Generated:
     """Traces and the answers that follow them.
 
     Attributes:
-        traces: [P][G].
-        answers: [P][G] greedy answers, closed by EOS or cut.
+        traces: ``[P][G]``.
+        answers: ``[P][G]`` greedy answers, closed by EOS or cut.
     """
 
     traces: Traces
@@ -134,10 +134,12 @@ class Engine:
             prompts: P lists of ids, none empty.
             max_trace_length: ids sampled at most for one trace.
             temperature: 0 is greedy.
-            seed, uids, step: key the noise; ``uids`` are the prompts' positions unless given.
+            seed: keys the noise, together with uid and step.
+            uids: of the prompts; their positions unless given.
+            step: of the run that samples.
 
         Returns:
-            Traces: trace_ids and logprobs, nested lists [P][G], without the delimiter.
+            Traces: trace_ids and logprobs, nested lists ``[P][G]``, without the delimiter.
 
         Raises:
             ValueError: an empty prompt, or a prompt and trace over the model's context or the cache.
@@ -155,11 +157,11 @@ class Engine:
 
         Args:
             prompts: P lists of ids, none empty.
-            traces: [P][G] ids without the delimiter; an empty trace is legal, and G may differ.
+            traces: ``[P][G]`` ids without the delimiter; an empty trace is legal, and G may differ.
             answers: P lists of ids, none empty.
 
         Returns:
-            Scores: logprobs [P][G] and baseline_logprobs [P], fp32 tensors of each answer's length.
+            Scores: logprobs ``[P][G]`` and baseline_logprobs [P], fp32 tensors of each answer's length.
 
         Raises:
             ValueError: lists of different lengths, an empty prompt or answer, or a group over the model's context or

@@ -23,7 +23,7 @@ class Rewards:
         shaped: P tensors [G], R after baseline, clip and format term; what advantages are made of.
         advantage: P tensors [G], 0 where the group has no signal.
         signal: P bools.
-        answer_weights: [P][G] tensors [A_p], v_i of each answer token in the answer loss (method section 4).
+        answer_weights: ``[P][G]`` tensors [A_p], v_i of each answer token in the answer loss (method section 4).
     """
 
     reward: list[Tensor]
@@ -75,14 +75,14 @@ def aggregate(
     """Raw R of every trace, and the weight alpha_i c_i of every answer token (method section 2).
 
     Args:
-        logprobs: [P][G] tensors [A_p] of log c, as ``Engine.score`` returns them.
+        logprobs: ``[P][G]`` tensors [A_p] of log c, as ``Engine.score`` returns them.
         baseline_logprobs: P tensors [A_p] of log b; clamped from below at -20.
         kind: logp, prob, am, gm, ws_inv, ws_log or r3.
         scale: length divides weighted rewards by A_p, weight by the sum of the weights.
         names: what messages call the prompts; their positions by default.
 
     Returns:
-        (reward, token_weights): P fp32 tensors [G], and [P][G] fp32 tensors [A_p].
+        (reward, token_weights): P fp32 tensors [G], and ``[P][G]`` fp32 tensors [A_p].
 
     Raises:
         UserError: a log-probability is NaN, infinite or above 0; names the prompt.

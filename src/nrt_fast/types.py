@@ -57,7 +57,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Traces:
-    """Sampled traces of P prompts, G each, as nested lists [P][G].
+    """Sampled traces of P prompts, G each, as nested lists ``[P][G]``.
 
     Attributes:
         trace_ids: sampled ids z, without the delimiter; a sampled EOS that ended the trace is its last id.
@@ -75,7 +75,7 @@ class Scores:
     """Log-probabilities of the reference answers at temperature 1, natural logs in fp32.
 
     Attributes:
-        logprobs: [P][G] tensors [A_p], log c.
+        logprobs: ``[P][G]`` tensors [A_p], log c.
         baseline_logprobs: [P] tensors [A_p], log b of the empty trace.
     """
 
