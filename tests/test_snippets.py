@@ -26,7 +26,7 @@ from nrt_fast.starter import MODEL_DIR, tasks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-NOT_RUN = 1
+NOT_RUN = 5
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"^(\$ )?(nrt-fast|make|pip|python) ", re.MULTILINE)
 REASON = re.compile(r"# not run: .+")
@@ -74,6 +74,7 @@ def workspace(tmp_path, finished, make_module, llama_folder, monkeypatch):
     (tmp_path / "run.yaml").write_text("dataset_name: pairs.jsonl\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # what pages show is a CPU's
     return tmp_path
 
@@ -110,7 +111,7 @@ def run_command(line, shown, capsys):
 
 
 def run_nrt_fast(words, shown, capsys):
-    words, target = (words[: words.index(">")], words[-1]) if ">" in words else (words, None)
+    words, target = (words[:-2], words[-1]) if {">", ">>"} & set(words) else (words, None)
     if not {"--print_config", "--help", "--version"} & set(words):
         if not is_here(words):
             return
@@ -124,7 +125,9 @@ def run_nrt_fast(words, shown, capsys):
     told = capsys.readouterr()
     assert code == (2 if "nrt-fast: error" in shown else 0), told.err
     if target:
-        Path(target).write_text(told.out)
+        path = Path(target).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(told.out)
     checker, flags = OutputChecker(), ELLIPSIS | NORMALIZE_WHITESPACE
     assert not shown or checker.check_output(shown, told.out + told.err, flags), told.out + told.err
 
