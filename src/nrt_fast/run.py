@@ -204,8 +204,9 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
         device=str(source.device),
         output_dir=resolve_output_dir(config),
     )
-    arena = Arena(cache_bytes or plan.cache_bytes, source.device)
-    engine = source.engine(config, arena.memory.nbytes, arena)
+    cache_bytes = plan.cache_bytes if cache_bytes is None else cache_bytes
+    arena = Arena(cache_bytes, source.device)
+    engine = source.engine(config, cache_bytes, arena)
     model = engine.model
     return Run(
         config=config,
