@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import lab_tasks
 
@@ -55,6 +56,12 @@ class Job:
     preset: str
     seed: int
     budget: Budget
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The preset, and the fields that are set on top of it."""
+        return " ".join([self.preset, *(f"{field}={value}" for field, value in self.options)])
 
     def config(self, base: Path, data: Path, output_dir: Path) -> TrainConfig:
         """The product's own configuration of it."""
@@ -74,7 +81,7 @@ class Job:
             logging_steps=self.budget.max_steps,
             resume_from_checkpoint="false",
             device="cpu",
-            **budget,
+            **budget | dict(self.options),
         )
 
 
@@ -153,7 +160,7 @@ def execute(job: Job, base: Path, data: Path, target: Path) -> dict:
     rows = read_metrics(folder / "metrics.jsonl")
     record = {
         "kind": job.kind,
-        "preset": job.preset,
+        "preset": job.name,
         "seed": job.seed,
         "budget": asdict(job.budget),
         "before": summary["before"],
@@ -171,7 +178,7 @@ def execute(job: Job, base: Path, data: Path, target: Path) -> dict:
 
 STEP_FIGURES = {
     "trace_length": "completions/mean_length", "entropy": "entropy", "no_signal": "nrt/frac_no_signal",
-    "reward": "reward", "logp_no_trace": "nrt/logp_no_trace",
+    "reward": "reward", "logp_no_trace": "nrt/logp_no_trace", "repetition": "nrt/repetition",
 }  # fmt: skip
 
 

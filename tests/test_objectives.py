@@ -7,6 +7,7 @@ import random
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
+import lab_options
 import lab_plots
 import lab_report
 import lab_runs
@@ -31,7 +32,7 @@ def record(kind, preset, seed, accuracy, length=18.0, entropy=0.5):
         "kind": kind, "preset": preset, "seed": seed, "budget": {"max_steps": 4}, "before": held, "after": after,
         "with_trace": held,
         "curve": {"step": [0, 2, 4]} | {name: [held[name], middle[name], after[name]] for name in held},
-        "steps": {"no_signal": [0.25, 0.75]},
+        "steps": {"no_signal": [0.25, 0.75], "repetition": [0.0, 0.02]},
     }  # fmt: skip
 
 
@@ -254,6 +255,7 @@ def test_a_file_is_named_by_all_that_decides_its_result(lab):
 
     job = lab_runs.Job("A", "nrt-ws", 1, lab_runs.FULL)
     others = [replace(job, seed=2), replace(job, preset="sft"), replace(job, budget=lab_runs.QUICK)]
+    others.append(replace(job, options=(("std_floor", 0.1),)))
     names = [name(job), name(job, "other code"), *map(name, others)]
     for path in ("base/model.safetensors", "data/A-train.jsonl"):
         (lab / path).write_text("changed")
@@ -267,3 +269,29 @@ def test_the_full_lab_is_every_preset_on_every_kind_with_five_seeds():
     assert len(set(todo)) == 13 * 3 * 5
     for job in todo:
         job.config(lab_runs.LAB, lab_runs.LAB, lab_runs.LAB).check()
+
+
+# options --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_option_is_run_beside_the_preset_as_it_is():
+    todo = lab_options.jobs()
+    assert len(set(todo)) == len(lab_options.OPTIONS) * 3 * 3
+    assert [job.name for job in todo[:2]] == ["nrt-ws", "nrt-ws std_floor=0.0"]
+    for job in todo:
+        config = job.config(lab_runs.LAB, lab_runs.LAB, lab_runs.LAB)
+        config.check()
+        assert {name: getattr(config, name) for name, _ in job.options} == dict(job.options)
+
+
+def test_an_option_is_compared_over_the_run_and_paired_by_seed():
+    """Over the run an accuracy of a counts as (0.3 + (0.3 + a) / 2 + a) / 3, so a difference of d as d / 2."""
+    name = "nrt-ws std_floor=0.1"
+    runs = [record("B", "nrt-ws", seed, 0.6 + seed / 10) for seed in (1, 2, 3)]
+    runs += [record("B", name, seed, 0.5 + seed / 10 + seed / 1000) for seed in (3, 2, 1)]
+    center, half = lab_options.difference(runs, "B", name)
+    assert center == pytest.approx((-0.1 + 0.002) / 2)
+    assert half == pytest.approx(4.303 * 0.0005 / math.sqrt(3), rel=1e-3)
+    rows = [line.split(" | ") for line in lab_options.report(runs).splitlines() if line.startswith("| nrt-ws")]
+    assert [row[3] for row in rows] == ["-", "-0.049 ± 0.001: worse"]
+    assert rows[0][7:] == ["50%", "1.0% |"]
