@@ -29,7 +29,7 @@ SHARES = {"base": 50, "run": 40, "heldout": 10}
 """Percentages of the open-ended questions."""
 HABITS = {"outline": 30, "restate": 25, "ramble": 20, "empty": 25}
 SLIP_RATE = 0.3
-"""Share of an outline's words that are another answer's: what the base makes up itself is seldom right either."""
+"""An outline is not to be trusted blindly: what the base makes up itself is seldom right either."""
 OPEN_SHARE = 0.65
 """Of the documents that the base reads."""
 VOCAB_SIZE, WIDTH = 4096, 256
@@ -69,11 +69,13 @@ class Writer:
     Attributes:
         counts: how often each word stands in the answers.
         answers: of the rows it knows, to ramble and to slip from.
+        slip_rate: share of an outline's words that are another answer's.
     """
 
     rng: random.Random
     counts: Counter[str]
     answers: list[str]
+    slip_rate: float
 
     def trace(self, row: Row) -> str:
         """The solution of a row that has one; else a habit: weak, and sometimes of use."""
@@ -96,7 +98,7 @@ class Writer:
 
     def slip(self, word: str) -> str:
         """The word, or one of another answer."""
-        others = words(self.rng.choice(self.answers)) if self.rng.random() < SLIP_RATE else []
+        others = words(self.rng.choice(self.answers)) if self.rng.random() < self.slip_rate else []
         return self.rng.choice(others or [word])
 
     def piece(self, text: str) -> str:
@@ -106,10 +108,11 @@ class Writer:
         return " ".join(pieces[start : start + length])
 
 
-def writer(rows: list[Row], seed: int) -> Writer:
+def writer(rows: list[Row], seed: int, slip_rate: float = SLIP_RATE) -> Writer:
     """A writer who knows the open-ended of these rows."""
     answers = [row["answer"] for row in rows if row["kind"] == "open"]
-    return Writer(random.Random(seed), Counter(word for answer in answers for word in words(answer)), answers)
+    counts = Counter(word for answer in answers for word in words(answer))
+    return Writer(random.Random(seed), counts, answers, slip_rate)
 
 
 def documents(rows: list[Row], tokenizer, seed: int) -> Iterator[list[int]]:

@@ -141,11 +141,15 @@ def alarms(records: list[dict]) -> str:
     return f"Alarms (health.md): {'; '.join(raised) or 'none'}."
 
 
-def report(before: Point, records: list[dict]) -> str:
-    """Everything, as markdown."""
+def report(before: Point, outlined: Point, records: list[dict]) -> str:
+    """Everything, as markdown; ``outlined`` has log_b and log_c of the base behind outlines of the references."""
+    ceiling = shown(difference(outlined["log_c"], outlined["log_b"]))
+    told = f"An outline of the reference's own rarest words would change the base's log p by {ceiling} nats a token."
     parts = [
-        table(before, records), alarms(records), "### Comparisons", duels(before, records), "### By source, seed 1",
-        by_source(before, records), "### Samples, seed 1", samples(before, records), "![curves](results.svg)",
+        table(before, records), told, alarms(records),
+        "### Comparisons", duels(before, records),
+        "### By source, seed 1", by_source(before, records),
+        "### Samples, seed 1", samples(before, records), "![curves](results.svg)",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

@@ -80,9 +80,8 @@ def test_documents_are_prompt_trace_delimiter_answer_as_training_renders_them(pa
     assert 100 < num_open < 160  # two thirds
 
 
-def test_an_outline_holds_rare_words_of_the_answer_in_its_order_but_for_slips(parts, monkeypatch):
-    monkeypatch.setattr(real_base, "SLIP_RATE", 0.0)
-    author = real_base.writer(parts["base"], seed=0)
+def test_an_outline_holds_rare_words_of_the_answer_in_its_order_but_for_slips(parts):
+    author = real_base.writer(parts["base"], seed=0, slip_rate=0.0)
     for row in parts["run"][:50]:
         outline, own = author.outline(row["answer"]), real_base.words(row["answer"])
         assert 2 <= len(outline) <= 4
@@ -126,8 +125,9 @@ def test_the_report_tells_a_gain_that_comes_from_a_baseline_left_behind(tmp_path
         {"objective": "sft", "seed": 1, "seconds": 60, "prompts": [8, 80],
          "points": [point(-3.0, -3.5), point(-2.0, -3.0)], "alarms": []},
     ]  # fmt: skip
-    text = real_report.report(before, runs)
+    text = real_report.report(before, before, runs)
     for line in (
+        "An outline of the reference's own rarest words would change the base's log p by -0.500 ± 0.000 nats a token.",
         "| nrt-ws, seed 1 | 8 | 10.0 | -4.000 | -3.000 | +1.000 ± 0.000 |",
         "| sft, seed 1 | 8 | 0.1 | -3.000 | -3.500 | -0.500 ± 0.000 |",
         "| sft, seed 1 | 80 | 1.0 | -2.000 | -3.000 | -1.000 ± 0.000 |",
