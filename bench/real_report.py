@@ -1,7 +1,7 @@
 """What the run on real data says: held-out figures with intervals over items, comparisons, samples, a picture."""
 
+from collections import Counter
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from nrt_fast.metrics import mean
 Point = dict
 """What real_data.measure returns."""
 OBJECTIVES = ("nrt-ws", "sft")
+MIN_ITEMS = 30  # of a source; fewer have no interval to speak of
 
 
 def over_items(rows: Iterable[list[float]]) -> Estimate:
@@ -111,15 +112,15 @@ def by_source(before: Point, records: list[dict]) -> str:
     ours, theirs = chosen(records, "nrt-ws")[0], chosen(records, "sft")[0]
     after, sft = ours["points"][-1], at(theirs, ours["prompts"][-1])
     rows = [["source", "items", "gain before", "gain after", "nrt-ws with traces, minus sft"]]
-    places = sorted(range(len(before["source"])), key=lambda index: before["source"][index])
-    for source, group in groupby(places, key=lambda index: before["source"][index]):
-        indices = list(group)
+    for source, num_items in sorted(Counter(before["source"]).items()):
+        if num_items < MIN_ITEMS:
+            continue
 
-        def of(point: Point, name: str, indices: list[int] = indices) -> list[list[float]]:
-            return [point[name][index] for index in indices]
+        def of(point: Point, name: str, source: str = source) -> list[list[float]]:
+            return [row for row, its in zip(point[name], point["source"]) if its == source]
 
         gains = (shown(difference(of(point, "log_c"), of(point, "log_b"))) for point in (before, after))
-        rows.append([source, str(len(indices)), *gains, shown(difference(of(after, "log_c"), of(sft, "log_b")))])
+        rows.append([source, str(num_items), *gains, shown(difference(of(after, "log_c"), of(sft, "log_b")))])
     return markdown(rows)
 
 
@@ -165,7 +166,7 @@ PANELS = {
 def draw(before: Point, records: list[dict], path: Path) -> None:
     """Held-out figures over the time of the runs, means over seeds; dashed: without a trace."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 2.8), layout="constrained")
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 3.1), layout="constrained")
     for objective in OBJECTIVES:
         runs, color = chosen(records, objective), COLORS[objective]
         columns = [[before], *zip(*(run["points"] for run in runs))]
@@ -177,6 +178,6 @@ def draw(before: Point, records: list[dict], path: Path) -> None:
         axes[0].plot(minutes, values, "--", color=color, lw=2, label=f"{objective}, without a trace")
     for axis, title in zip(axes, PANELS):
         axis.set(title=title, xlabel="minutes of training")
-    axes[0].legend(frameon=False, fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -110,9 +110,11 @@ def test_runs_are_measured_where_nrt_ends(objective, tmp_path):
 
 
 def point(log_b, log_c):
+    """Thirty items of one token, and one of two, from another source."""
     return {
-        "source": ["a", "b"], "log_b": [[log_b], [log_b, log_b]], "log_c": [[log_c], [log_c, log_c]],
-        "log_marginal": [log_c, 2 * log_c], "trace_length": 5.0, "entropy": 1.0, "delimiter_rate": 1.0,
+        "source": ["a"] * 30 + ["few"], "log_marginal": [log_c] * 30 + [2 * log_c],
+        "log_b": [[log_b]] * 30 + [[log_b, log_b]], "log_c": [[log_c]] * 30 + [[log_c, log_c]],
+        "trace_length": 5.0, "entropy": 1.0, "delimiter_rate": 1.0,
         "samples": [{"source": "a", "question": "q", "answer": "y", "trace": "", "log_b": log_b, "log_c": log_c}],
     }  # fmt: skip
 
@@ -134,7 +136,9 @@ def test_the_report_tells_a_gain_that_comes_from_a_baseline_left_behind(tmp_path
         "| nrt-ws with traces, minus the base without | +0.000 ± 0.000: not told apart |",
         "| nrt-ws without a trace, minus the base without | -1.000 ± 0.000: worse |",
         "| nrt-ws with traces, minus sft at its best | -1.000 ± 0.000: worse |",
+        "| a | 30 | -0.500 ± 0.000 | +1.000 ± 0.000 | +0.000 ± 0.000 |",
     ):
         assert line in text
+    assert "| few |" not in text
     real_report.draw(before, runs, tmp_path / "curves.svg")
     assert (tmp_path / "curves.svg").read_text().count("nrt-ws, with traces") == 1
