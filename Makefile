@@ -36,7 +36,7 @@ lab: $(VENV)/installed-docs  ## Train every preset on three kinds of tasks (an h
 lab-quick: $(VENV)/installed-docs  ## Three presets, fewer seeds and steps; fails if thinking does not pay where it is needed
 	$(BIN)/python bench/objectives.py --quick
 
-real-data: $(VENV)/installed-docs  ## nrt-ws and sft from a base made of the rows in DATA (two hours; goes on if stopped), write docs/results.md
+real-data: $(VENV)/installed-docs  ## nrt-ws and sft from a base made of the rows in DATA (an hour; goes on if stopped), write docs/results.md
 	$(BIN)/python bench/real_data.py $(DATA)
 
 kernels: $(VENV)/installed-test  ## Write the table of what the compiler makes of each kernel

@@ -3,7 +3,7 @@
     python bench/real_data.py FOLDER    its .jsonl.gz rows: id, source, kind, question, answer, maybe solution
 
 Base, runs and measurements stay in build/real and are not made again; a run that was stopped goes on. Writes the
-tables and the picture of docs/results.md. About two hours on two cores.
+tables and the picture of docs/results.md. About an hour on two cores.
 """
 
 import argparse
