@@ -16,8 +16,8 @@ PANELS = {
 }
 
 
-def draw(records: list[Record], folder: Path) -> list[Path]:
-    """Write objectives-KIND.svg for every kind; presets without a colour are grey."""
+def pyplot():
+    """matplotlib.pyplot without a screen, in the lab's style: the same figures give the same SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,7 +25,12 @@ def draw(records: list[Record], folder: Path) -> list[Path]:
 
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",
                      "svg.hashsalt": "nrt-fast", "text.color": INK, "axes.labelcolor": INK}  # fmt: skip
-    paths = []
+    return plt
+
+
+def draw(records: list[Record], folder: Path) -> list[Path]:
+    """Write objectives-KIND.svg for every kind; presets without a colour are grey."""
+    plt, paths = pyplot(), []
     for kind in kinds_of(records):
         figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 2.8), layout="constrained")
         for preset in sorted(presets_of(records), key=lambda preset: preset in COLORS):
