@@ -88,18 +88,30 @@ def choose_delimiter(
         UserError: the named delimiter is not exactly one token, or it is BOS, EOS or the unknown token; or a new one
             would be needed and may not be added.
     """
+    if found := find_delimiter(tokenizer, delimiter):
+        return found
+    if not may_add:
+        raise UserError(
+            "the tokenizer reserves no token that could end a trace, and LoRA cannot train a new one's row; valid: "
+            f"--delimiter with a token of the vocabulary, for example {example_delimiters(tokenizer)}, or --use_peft "
+            "false"
+        )
+    tokenizer.add_tokens([END_OF_THINKING], special_tokens=True)
+    return Delimiter(tokenizer.convert_tokens_to_ids(END_OF_THINKING), END_OF_THINKING, added=True)
+
+
+def find_delimiter(tokenizer: "PreTrainedTokenizerBase", delimiter: str | None = None) -> Delimiter | None:
+    """The named token, else </think>, else a reserved one; None where the tokenizer has none of them.
+
+    Raises:
+        UserError: the named delimiter is not exactly one token, or it is BOS, EOS or the unknown token.
+    """
     if delimiter is not None:
         return Delimiter(_single_id(tokenizer, delimiter), delimiter, added=False)
     for text in (END_OF_THINKING, *reserved_tokens(tokenizer)):
         if text in tokenizer.get_vocab():
             return Delimiter(tokenizer.convert_tokens_to_ids(text), text, added=False)
-    if not may_add:
-        raise UserError(
-            "the tokenizer reserves no token that could end a trace, and LoRA cannot train a new one's row; valid: "
-            f"--delimiter with a token of the vocabulary, for example {_examples(tokenizer)}, or --use_peft false"
-        )
-    tokenizer.add_tokens([END_OF_THINKING], special_tokens=True)
-    return Delimiter(tokenizer.convert_tokens_to_ids(END_OF_THINKING), END_OF_THINKING, added=True)
+    return None
 
 
 def detokenized(ids: Iterable[int], tokenizer) -> Iterator[str]:
@@ -155,12 +167,13 @@ def _single_id(tokenizer: "PreTrainedTokenizerBase", delimiter: str) -> int:
     pieces = " ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
     problem = f"is {len(ids)} tokens ({pieces})" if len(ids) != 1 else f"is {pieces}, which has another use"
     raise UserError(
-        f"delimiter {delimiter!r} {problem}; one token is needed, for example {_examples(tokenizer)}, "
+        f"delimiter {delimiter!r} {problem}; one token is needed, for example {example_delimiters(tokenizer)}, "
         f"or no delimiter at all: then {END_OF_THINKING} is added where nothing is reserved"
     )
 
 
-def _examples(tokenizer: "PreTrainedTokenizerBase") -> str:
+def example_delimiters(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Some tokens of the vocabulary that could end a trace, for messages."""
     taken = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
     special = [token for token in tokenizer.get_added_vocab() if token not in taken]
     known = [END_OF_THINKING] if END_OF_THINKING in tokenizer.get_vocab() else []

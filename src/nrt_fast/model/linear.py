@@ -60,3 +60,27 @@ class LoraLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))
+
+
+@dataclass(frozen=True)
+class MadeLinear:
+    """A projection whose weight is made of others whenever it is asked for, as they are then.
+
+    Attributes:
+        make: returns [outputs, inputs].
+    """
+
+    make: Callable[[], Tensor]
+
+    @property
+    def weights(self) -> tuple[Tensor]:
+        """The weight, made now."""
+        return (self.make(),)
+
+    @property
+    def biases(self) -> tuple[()]:
+        """None."""
+        return ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self.weights)

@@ -17,6 +17,7 @@ from nrt_fast.model.folders import model_folder, read_config, write_config
 from nrt_fast.model.inference import Inference
 from nrt_fast.model.lora import Adapter, Lora
 from nrt_fast.model.peft_folder import base_folder, load_adapter, read_lora, save_adapter
+from nrt_fast.model.peft_live import LiveAdapter, live_adapter
 from nrt_fast.model.weights import EMBED, HEAD, FrozenWeights, OwnedWeights, SharedWeights, load_tensors
 
 MAX_SHARD_SIZE = "5GB"
@@ -33,7 +34,7 @@ class Model(Decoder):
 
     def __init__(
         self, hf_config, weights: OwnedWeights | FrozenWeights | SharedWeights, source: Path | None = None,
-        adapter: Adapter | None = None,
+        adapter: Adapter | LiveAdapter | None = None,
     ):  # fmt: skip
         super().__init__(ModelConfig.from_hf(hf_config), weights, adapter)
         self.hf_config = hf_config
@@ -88,15 +89,25 @@ class Model(Decoder):
 
     @classmethod
     def from_hf(cls, module: torch.nn.Module) -> Model:
-        """View a live ``transformers`` causal-LM module: same storage, no copy, updates show at once."""
-        return cls(module.config, SharedWeights(module))
+        """View a live ``transformers`` causal-LM module, or a PEFT LoRA model of one: same storage, no copy, updates
+        show at once.
 
+        Raises:
+            UserError: unknown model type, or an adapter that is not plain LoRA.
+        """
+        if not hasattr(module, "get_base_model"):
+            return cls(module.config, SharedWeights(module))
+        base = module.get_base_model()
+        return cls(base.config, SharedWeights(base), adapter=live_adapter(module))
+
+    @torch.no_grad()
     def clone(self) -> Model:
-        """The same model on a copy of what is trained. Owned weights only."""
+        """The same model on a copy of what is trained. With an adapter: of owned weights only."""
         if self.adapter is not None:
             return Model(self.hf_config, self.weights, self.source, self.adapter.clone())
-        weights = OwnedWeights(self.config, self.weights.flat.dtype, self.weights.flat.device)
-        weights.flat.copy_(self.weights.flat)
+        weights = OwnedWeights(self.config, self.embed.dtype, self.embed.device)
+        for name, tensor in weights.tensors.items():
+            tensor.copy_(self.weights.tensors[name])
         return Model(self.hf_config, weights, self.source)
 
     @torch.no_grad()

@@ -52,10 +52,15 @@ def read_lora(folder: Path) -> Lora | None:
         rank, alpha = int(config["r"]), config["lora_alpha"] + 0
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the configuration of a LoRA adapter: {error!r}") from None
-    for problem in _problems(config):
-        raise UserError(f"{path}: {problem}; valid: plain LoRA (rank, alpha, rslora) of the projections of all layers")
+    check_lora(config, str(path))
     use_rslora = bool(config.get("use_rslora"))
     return Lora(rank, alpha, _targets(folder), use_rslora, config["base_model_name_or_path"])
+
+
+def check_lora(config: dict[str, Any], where: str) -> None:
+    """UserError, led by ``where``, unless peft's configuration is one of plain LoRA."""
+    for problem in _problems(config):
+        raise UserError(f"{where}: {problem}; valid: plain LoRA (rank, alpha, rslora) of the projections of all layers")
 
 
 def _problems(config: dict[str, Any]):

@@ -101,10 +101,11 @@ def _fused(flat: Tensor, tensors: dict[str, Tensor], names: tuple[str, ...]) -> 
 
 
 class SharedWeights:
-    """The parameters of a live ``transformers`` module, without a copy."""
+    """The parameters of a live ``transformers`` module, without a copy; under a PEFT adapter those of the base."""
 
     def __init__(self, module: torch.nn.Module):
-        self.tensors = dict(module.state_dict(keep_vars=True))
+        tensors = module.state_dict(keep_vars=True)
+        self.tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
 
     def group(self, *names: str) -> tuple[Tensor, ...]:
         """The named parameters one by one, or nothing where the model has none."""

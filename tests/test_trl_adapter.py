@@ -1,0 +1,453 @@
+"""The TRL adapter: beside a naive forward on stand-ins with TRL's signatures, and in real trainings where TRL is there."""
+
+import inspect
+import types
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from rewards_oracle import reference_group, reference_shaped
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from nrt_fast import UserError
+from nrt_fast.adapters.trl import LossMixin, NRTReward, RolloutMixin, nrt_reward
+from nrt_fast.adapters.trl.fused_head import FusedLogProb
+from nrt_fast.config import PRESETS
+from nrt_fast.optim import AdamW
+from nrt_fast.pack import pack
+from nrt_fast.starter import MODEL_DIR, tasks
+from nrt_fast.train_step import train_step
+
+EOS, DELIMITER = 2, 3
+ANSWERS = ["w9 w11 w4", "w30"]
+PROMPTS = ["w5 w9 w11 w20 w7", "w13"]
+COMPLETIONS = [
+    [[8, 25, 6, DELIMITER, 9, 11, 4, EOS], [10, 31, 32, 33, 9, 22, EOS], [DELIMITER, 9]],
+    [[14], [44, 14, 60, 61, DELIMITER], [50, EOS]],
+]
+MAX_ERROR = 1e-5
+
+
+def word_tokenizer(*names):
+    """The words w0 to w66, of which the named take the places of w3, w4, ..."""
+    words = [f"w{index}" for index in range(67)]
+    words[1], words[EOS], words[3 : 3 + len(names)] = "<unk>", "<eos>", names
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>", pad_token="w0")
+
+
+class StandIn:
+    """What the adapter asks of a GRPOTrainer of TRL 1.0 or later."""
+
+    def __init__(self, module, tokenizer=None, global_step=0):
+        self.model, self.processing_class = module, tokenizer or word_tokenizer("</think>")
+        self.accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
+        self.state = types.SimpleNamespace(global_step=global_step)
+        self.metrics, self.columns = {}, {}
+
+    def _tokenize_prompts(self, prompts):
+        return self.processing_class(prompts, add_special_tokens=False)["input_ids"], None, {}
+
+    def _log_metric(self, name, value):
+        self.metrics[name] = value
+
+    def _log_completion_extra(self, column, values):
+        self.columns[column] = values
+
+    def call(self, reward, **columns):
+        """TRL's call of a reward function, a row for each completion."""
+        rows = [(p, ids) for p, group in enumerate(COMPLETIONS) for ids in group]
+        ids = [ids for _, ids in rows]
+        columns = columns or {"answer": [ANSWERS[p] for p, _ in rows]}
+        return reward(
+            prompts=[PROMPTS[p] for p, _ in rows], completions=self.processing_class.batch_decode(ids),
+            completion_ids=ids, trainer_state=self.state, log_extra=self._log_completion_extra,
+            log_metric=self._log_metric, **columns,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def naive_logprobs(module, context, answer):
+    """One forward of everything, log_softmax, gather: of each answer token."""
+    was_training = module.training
+    logits = module.eval()(torch.tensor([context + answer]), use_cache=False).logits[0, len(context) - 1 : -1]
+    module.train(was_training)
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+
+
+def naive_rewards(module, prompt, completions, answer, objective, delimiter=DELIMITER, baseline_module=None):
+    """A group's rewards as the method has them, in scalars."""
+    cut = [ids[: ids.index(delimiter)] if delimiter in ids else ids for ids in completions]
+    logc = [naive_logprobs(module, [*prompt, *ids, delimiter], answer) for ids in cut]
+    logb = naive_logprobs(baseline_module or module, [*prompt, delimiter], answer)
+    raw, _ = reference_group(logc, logb, objective.reward, objective.reward_scale)
+    ((base,), _) = reference_group([logb], logb, objective.reward, objective.reward_scale)
+    share = objective.format_coef if objective.format_term == "reward" else 0.0
+    closed = [delimiter in ids for ids in completions]
+    return reference_shaped(raw, base, closed, objective.reward_clip, objective.drop_cut_reward, share)
+
+
+def expected_rewards(stand_in, objective, **options):
+    ids = stand_in.processing_class
+    return [
+        value
+        for prompt, completions, answer in zip(PROMPTS, COMPLETIONS, ANSWERS, strict=True)
+        for value in naive_rewards(
+            stand_in.model, ids(prompt)["input_ids"], completions, [*ids(answer)["input_ids"], EOS], objective, **options
+        )
+    ]  # fmt: skip
+
+
+def error(call, *args, **kwargs):
+    with pytest.raises(UserError) as raised:
+        call(*args, **kwargs)
+    return str(raised.value)
+
+
+def in_training(module):
+    """As a trainer has it: dropout on, activations recomputed."""
+    module.config.use_cache = False
+    module.gradient_checkpointing_enable()
+    return module.train()
+
+
+FAMILIES = {
+    "llama": ("llama", {"attention_dropout": 0.5}),
+    "mistral": ("mistral", {"sliding_window": 4}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rewards_are_those_of_a_naive_forward(family, make_module):
+    model_type, config = FAMILIES[family]
+    module = in_training(make_module(model_type, **config))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    stand_in = StandIn(module)
+    rewards = stand_in.call(nrt_reward)
+    assert rewards == pytest.approx(expected_rewards(stand_in, PRESETS["nrt-ws"]), abs=MAX_ERROR)
+    assert max(rewards) > 0 and module.training and module.is_gradient_checkpointing
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "sft"])
+def test_every_preset_is_a_reward(preset, make_module):
+    stand_in = StandIn(make_module())
+    expected = expected_rewards(stand_in, PRESETS[preset])
+    assert stand_in.call(NRTReward(preset)) == pytest.approx(expected, abs=MAX_ERROR, rel=MAX_ERROR)
+
+
+def test_the_live_weights_are_scored(make_module):
+    stand_in, reward = StandIn(make_module()), NRTReward("nrt-gm")
+    before = stand_in.call(reward)
+    with torch.no_grad():
+        stand_in.model.model.layers[0].mlp.down_proj.weight.mul_(3)
+    after = stand_in.call(reward)
+    assert after != pytest.approx(before, abs=1e-3)
+    assert after == pytest.approx(expected_rewards(stand_in, PRESETS["nrt-gm"]), abs=MAX_ERROR)
+
+
+def test_a_frozen_baseline_keeps_the_first_weights(make_module):
+    stand_in, first, reward = StandIn(make_module()), make_module(), NRTReward("rlpr")
+    stand_in.call(reward)
+    with torch.no_grad():
+        stand_in.model.model.layers[0].mlp.down_proj.weight.mul_(3)
+    expected = expected_rewards(stand_in, PRESETS["rlpr"], baseline_module=first)
+    assert stand_in.call(reward) == pytest.approx(expected, abs=MAX_ERROR)
+    assert "step 5" in error(StandIn(make_module(), global_step=5).call, NRTReward("rlpr"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"target_modules": ["q_proj", "down_proj"]}, {"lora_dropout": 0.5}],
+    ids=["all", "rslora", "two projections", "dropout"],
+)
+def test_peft_models_are_scored_with_their_adapter(options, make_module):
+    config = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False} | options
+    module = peft.get_peft_model(in_training(make_module()), peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    stand_in = StandIn(module)
+    rewards = stand_in.call(NRTReward("nrt-gm"))
+    assert rewards == pytest.approx(expected_rewards(stand_in, PRESETS["nrt-gm"]), abs=MAX_ERROR)
+    with module.disable_adapter():
+        assert rewards != pytest.approx(expected_rewards(stand_in, PRESETS["nrt-gm"]), abs=1e-3)
+
+
+def test_an_adapter_in_another_dtype_is_rounded_to_the_models(make_module):
+    module = make_module().to(torch.bfloat16)
+    module = peft.get_peft_model(
+        module, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    )
+    assert {p.dtype for name, p in module.named_parameters() if "lora_" in name} == {torch.float32}
+    reward = NRTReward("nrt-gm")
+    assert StandIn(module).call(reward) == pytest.approx(expected_rewards(StandIn(module), reward.objective), abs=0.05)
+
+
+def test_adapters_that_are_not_plain_lora(make_module):
+    module = peft.get_peft_model(make_module(), peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True))
+    assert "use_dora True is not supported" in error(StandIn(module).call, NRTReward())
+
+
+def test_rows_without_an_answer_are_left_to_other_rewards(make_module):
+    stand_in = StandIn(make_module())
+    expected = expected_rewards(stand_in, PRESETS["nrt-ws"])
+    rewards = stand_in.call(NRTReward(), answer=[*[None] * 3, *[ANSWERS[1]] * 3])
+    assert rewards[:3] == [None] * 3 and rewards[3:] == pytest.approx(expected[3:], abs=MAX_ERROR)
+    assert stand_in.call(NRTReward(), answer=[None] * 6) == [None] * 6
+
+
+def test_what_is_measured_reaches_the_log(make_module):
+    stand_in = StandIn(make_module())
+    rewards = stand_in.call(NRTReward())
+    assert stand_in.metrics["nrt/delimiter_rate"] == pytest.approx(3 / 6)
+    assert stand_in.metrics["nrt/frac_clipped"] == pytest.approx(sum(value == 0 for value in rewards) / 6)
+    means = [sum(row) / len(row) for p in range(2) for row in (
+        naive_logprobs(stand_in.model, [*stand_in._tokenize_prompts(PROMPTS)[0][p], *ids, DELIMITER],
+                       [*stand_in.processing_class(ANSWERS[p])["input_ids"], EOS])
+        for ids in (ids[: ids.index(DELIMITER)] if DELIMITER in ids else ids for ids in COMPLETIONS[p])
+    )]  # fmt: skip
+    assert stand_in.columns["answer_logp"] == pytest.approx(means, abs=MAX_ERROR)
+
+
+def test_the_delimiter_is_one_that_the_vocabulary_has(make_module):
+    module = make_module()
+    reserved = StandIn(module, word_tokenizer("<|reserved_special_token_0|>"))
+    assert reserved.call(NRTReward()) == pytest.approx(expected_rewards(reserved, PRESETS["nrt-ws"]), abs=MAX_ERROR)
+    none = StandIn(module, word_tokenizer("###"))
+    assert "for example ###" in error(none.call, NRTReward())
+    assert len(none.processing_class) == 67
+    assert none.call(NRTReward(delimiter="###")) == reserved.call(NRTReward())
+    assert "is 2 tokens" in error(none.call, NRTReward(delimiter="w5 w6"))
+
+
+def test_trainers_that_cannot_be(make_module):
+    stand_in = StandIn(make_module())
+    assert "column answer" in error(stand_in.call, NRTReward(), solution=["w9"] * 6)
+    assert "holds list" in error(stand_in.call, NRTReward(), answer=[["w9"]] * 6)
+    assert "valid: nrt-ws" in error(NRTReward, "sft") and "no reward" in error(NRTReward, "nrt")
+    assert "valid: current" in error(NRTReward, replace(PRESETS["nrt-ws"], baseline="ema"))
+    assert "bind" in error(NRTReward(), prompts=[], completions=[], completion_ids=[], answer=[])
+    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=67, n_embd=8, n_layer=1, n_head=1))
+    assert "'gpt2' is not supported; valid: llama, mistral" in error(StandIn(gpt2).call, NRTReward())
+    sharded = make_module()
+    sharded.model.norm.weight.data = torch.empty(0)  # as ZeRO-3 leaves a parameter
+    assert "model.norm.weight is Tensor [0], a whole tensor [32]" in error(StandIn(sharded).call, NRTReward())
+    assert "torch.float16" in error(StandIn(make_module().half()).call, NRTReward())
+
+
+def test_a_rollout_needs_the_answers_of_its_prompts(make_module):
+    stand_in = StandIn(make_module())
+    stand_in.args = types.SimpleNamespace(generation_kwargs=None, mask_truncated_completions=False)
+    assert "RolloutMixin" in error(NRTReward().rollout, PROMPTS, stand_in)
+    stand_in.top_p = 0.9
+    assert "top_p 0.9 cannot take effect" in error(NRTReward().rollout, PROMPTS, stand_in)
+
+
+@pytest.mark.parametrize("entropy", ["no", "one factor", "factors"])
+def test_the_fused_head_has_the_gradients_of_autograd(entropy):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (9, 40))
+    target = torch.randint(40, (9,), generator=generator)
+    upstream = torch.randn(9, generator=generator)
+    upstream[2] = 0
+    factors = {"no": 0.0, "one factor": 0.3, "factors": torch.linspace(-1, 1, 9)}[entropy]
+
+    def gradients(logprob, entropies):
+        return torch.autograd.grad((upstream * logprob + factors * entropies).sum(), (hidden, weight))
+
+    logprobs = ((hidden @ weight.T) * 1.5 / 0.7).log_softmax(-1)
+    expected = gradients(logprobs.gather(1, target[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1))
+    ours = FusedLogProb(None).apply(hidden, weight, None, target, 0.7, 8, None, 1.5, ("log_probs", "entropy"))
+    torch.testing.assert_close(ours[0], logprobs.gather(1, target[:, None])[:, 0], rtol=0, atol=MAX_ERROR)
+    for got, wanted in zip(gradients(*ours[:2]), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=MAX_ERROR, atol=MAX_ERROR)
+
+
+# In real trainings
+
+ROWS = tasks.rows("train", 4, seed=0)
+
+
+@pytest.fixture(scope="module")
+def trl():
+    return pytest.importorskip("trl", reason="trl is not installed; pip install nrt-fast[trl] has it")
+
+
+@pytest.fixture
+def train(trl, tmp_path):
+    """``train(reward, mixin, **arguments)``: a trainer after two steps on the starter, bound where TRL is old."""
+    from datasets import Dataset
+
+    def run(reward, mixin=None, trainer_options=None, **arguments):
+        config = trl.GRPOConfig(**{
+            "output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "learning_rate": 1e-3,
+            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4, "max_steps": 2,
+            "max_completion_length": 16, "temperature": 1.0, "report_to": "none", "save_strategy": "no",
+            "logging_steps": 1, "disable_tqdm": True, "dataloader_pin_memory": False, "seed": 3,
+        } | arguments)  # fmt: skip
+        questions = [[{"role": "user", "content": row["question"]}] for row in ROWS]
+        dataset = Dataset.from_dict({"prompt": questions, "answer": [row["answer"] for row in ROWS]})
+        base = trl.GRPOTrainer if mixin is None else type("Trainer", (mixin, trl.GRPOTrainer), {})
+        module = AutoModelForCausalLM.from_pretrained(MODEL_DIR).float()
+        trainer = base(
+            model=module, reward_funcs=[reward], args=config, train_dataset=dataset,
+            processing_class=PreTrainedTokenizerFast.from_pretrained(MODEL_DIR), **(trainer_options or {}),
+        )  # fmt: skip
+        reward.bind(trainer)
+        trainer.train()
+        return trainer
+
+    return run
+
+
+class Audited(NRTReward):
+    """Holds every reward against a naive forward of the trainer's module as it is then, and keeps what it saw."""
+
+    def __call__(self, prompts, completions, completion_ids, **columns):
+        rewards = super().__call__(prompts, completions, completion_ids, **columns)
+        policy, module = self.policy(self._bound), self._bound.accelerator.unwrap_model(self._bound.model)
+        groups = policy.judged.groups
+        for example, rows in zip(groups.examples, groups.rows, strict=True):
+            expected = naive_rewards(
+                module, example.prompt_ids, [completion_ids[row] for row in rows], example.answer_ids, self.objective,
+                delimiter=policy.engine.delimiter_id,
+            )  # fmt: skip
+            assert [rewards[row] for row in rows] == pytest.approx(expected, abs=MAX_ERROR)
+        self.seen = [*getattr(self, "seen", []), (policy.judged, completion_ids, columns, rewards)]
+        self.before = policy.engine.model.clone() if policy.engine.model.adapter is None else None
+        return rewards
+
+
+def needs_rollout_func(trl):
+    if not hasattr(trl.GRPOTrainer, "_tokenize_prompts"):
+        pytest.skip(f"TRL {trl.__version__} hears of rollout_func only with vLLM, or not at all; 1.0 does")
+
+
+def test_the_reward_trains(train):
+    reward = Audited()
+    trainer = train(reward)
+    means = [row["rewards/nrt_reward/mean"] for row in trainer.state.log_history if "reward" in row]
+    assert means == pytest.approx([sum(rewards) / 8 for *_, rewards in reward.seen], abs=MAX_ERROR)
+    (_, first, *_), (_, second, *_) = reward.seen
+    assert first != second and max(means) > 0
+    for judged, *_ in reward.seen:
+        assert [len(rows) for rows in judged.groups.rows] == [4, 4]
+    if hasattr(trainer, "_log_metric"):
+        gains = [row["nrt/gain"] for row in trainer.state.log_history if "reward" in row]
+        seen = [
+            torch.cat([c - b for group, b in zip(j.scores.logprobs, j.scores.baseline_logprobs) for c in group]).mean()
+            for j, *_ in reward.seen
+        ]
+        assert gains == pytest.approx([float(gain) for gain in seen], abs=MAX_ERROR)
+
+
+def test_the_reward_trains_an_adapter_with_recomputation(train):
+    reward = Audited("nrt-gm")
+    trainer = train(
+        reward, gradient_checkpointing=True,
+        trainer_options={"peft_config": peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")},
+    )  # fmt: skip
+    adapter = reward.policy(trainer).engine.model.adapter
+    assert len(reward.seen) == 2 and any(b.abs().max() > 0 for name, b in adapter.tensors.items() if "lora_B" in name)
+
+
+def test_our_engine_samples_for_trl(trl, train):
+    needs_rollout_func(trl)
+    reward = Audited()
+    trainer = train(reward, RolloutMixin, {"rollout_func": reward.rollout})
+    delimiter, module = reward.policy(trainer).engine.delimiter_id, trainer.model
+    judged, completions, columns, _ = reward.seen[-1]
+    assert len(reward.seen) == 2 and set(map(len, columns["answer_logprobs"])) == {len(a) for a in judged.groups.answers}
+    assert all(delimiter not in ids[:-1] and len(ids) <= 16 for ids in completions)
+    assert reward.seen[0][1] != completions
+    assert module.training
+    again = Audited()
+    train(again, RolloutMixin, {"rollout_func": again.rollout})
+    assert again.seen[-1][1] == completions, "the same seeds, the same traces"
+
+
+class Kept(RolloutMixin):
+    """Keeps what TRL got from the rollout."""
+
+    def _generate_and_score_completions(self, inputs):
+        self.batch = super()._generate_and_score_completions(inputs)
+        return self.batch
+
+
+def test_a_rollouts_log_probabilities_are_those_of_the_policy(trl, train):
+    needs_rollout_func(trl)
+    reward = Audited()
+    trainer = train(reward, Kept, {"rollout_func": reward.rollout}, max_steps=1, learning_rate=0.0)
+    batch = trainer.batch
+    for row, ids in enumerate(reward.seen[0][1]):
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
+        expected = naive_logprobs(trainer.model, prompt, ids)
+        assert batch["sampling_per_token_logps"][row, : len(ids)].tolist() == pytest.approx(expected, abs=MAX_ERROR)
+
+
+@pytest.mark.parametrize("preset", ["nrt-ws", "nrt-derived", "jepo", "rlpr"])
+def test_the_loss_is_that_of_our_own_loop(preset, trl, train):
+    needs_rollout_func(trl)
+    reward = Audited(replace(PRESETS[preset], std_floor=0.0))
+    trainer = train(
+        reward, LossMixin, {"rollout_func": reward.rollout}, max_steps=1, learning_rate=1.0, max_grad_norm=0.0,
+        lr_scheduler_type="constant", optim="sgd",
+    )  # fmt: skip
+    judged, objective, before = reward.seen[0][0], reward.objective, reward.before
+    tokens = loss_module()._tokens(judged, objective, reward.policy(trainer).engine.delimiter_id)
+    optimizer = AdamW(before.weights.flat, before.weights.leaves.values(), 0, (0.9, 0.95), 1e-8, 0.0)
+    optimizer.zero_grad()
+    kept = types.SimpleNamespace(gradient=optimizer.gradient, step=lambda lr, max_grad_norm: 0.0)
+    stats = train_step(before, kept, tokens, pack(tokens, 4096, torch.device("cpu")), objective, 0.0, 1.0, True, None)
+    assert optimizer.grad.abs().max() > 1e-3
+    for name, parameter in trainer.model.named_parameters():
+        start = before.weights.tensors[name].storage_offset()
+        expected = optimizer.grad[start : start + parameter.numel()].view_as(parameter)
+        torch.testing.assert_close(before.weights.tensors[name].detach() - parameter, expected, rtol=0, atol=MAX_ERROR)
+    (row,) = (row for row in trainer.state.log_history if "reward" in row)
+    for term in ("trace", "answer", "format"):
+        assert row[f"loss/{term}"] == pytest.approx(stats.loss[term], abs=MAX_ERROR)
+
+
+def loss_module():
+    from nrt_fast.adapters.trl import loss
+
+    return loss
+
+
+def test_the_loss_runs_on_our_head_where_trl_has_a_place_for_it(trl, train, monkeypatch):
+    needs_rollout_func(trl)
+    from trl.trainer import utils
+
+    if not hasattr(utils, "_ChunkedLogProbFunction"):
+        pytest.skip(f"TRL {trl.__version__} makes logits; the fused head came with 1.15")
+    calls, apply = [], FusedLogProb.apply
+    monkeypatch.setattr(FusedLogProb, "apply", lambda *args: calls.append(args[9]) or apply(*args))
+    theirs = utils._ChunkedLogProbFunction
+    train(Audited(), LossMixin)
+    assert calls == [("log_probs", "entropy")] * 4 and utils._ChunkedLogProbFunction is theirs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss_type": "grpo"}, "loss_type 'grpo' cannot take effect"),
+        ({"temperature": 0.7}, "temperature 0.7"),
+        ({"beta": 0.1}, "beta 0.1 cannot take effect"),
+    ],
+)
+def test_arguments_of_trls_loss_are_refused(arguments, message, trl, train):
+    needs_rollout_func(trl)
+    assert message in error(train, NRTReward(), LossMixin, **arguments)
+    assert "normalizer 'constant'" in error(train, NRTReward("nrt-release"), LossMixin)
+
+
+def test_signatures_are_those_that_are_relied_on(trl):
+    parameters = inspect.signature(trl.GRPOTrainer._compute_loss).parameters
+    assert list(parameters) == ["self", "model", "inputs"]
+    needs_rollout_func(trl)
+    assert "rollout_func" in inspect.signature(trl.GRPOTrainer.__init__).parameters
