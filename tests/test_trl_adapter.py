@@ -1,4 +1,4 @@
-"""The TRL adapter: beside a naive forward on stand-ins with TRL's signatures, and in real trainings where TRL is there."""
+"""The TRL adapter: a naive forward beside stand-ins with TRL's signatures, and real trainings where TRL is there."""
 
 import inspect
 import types
@@ -96,7 +96,8 @@ def expected_rewards(stand_in, objective, **options):
         value
         for prompt, completions, answer in zip(PROMPTS, COMPLETIONS, ANSWERS, strict=True)
         for value in naive_rewards(
-            stand_in.model, ids(prompt)["input_ids"], completions, [*ids(answer)["input_ids"], EOS], objective, **options
+            stand_in.model, ids(prompt)["input_ids"], completions, [*ids(answer)["input_ids"], EOS], objective,
+            **options,
         )
     ]  # fmt: skip
 
@@ -361,7 +362,9 @@ def test_our_engine_samples_for_trl(trl, train):
     trainer = train(reward, RolloutMixin, {"rollout_func": reward.rollout})
     delimiter, module = reward.policy(trainer).engine.delimiter_id, trainer.model
     judged, completions, columns, _ = reward.seen[-1]
-    assert len(reward.seen) == 2 and set(map(len, columns["answer_logprobs"])) == {len(a) for a in judged.groups.answers}
+    assert len(reward.seen) == 2 and set(map(len, columns["answer_logprobs"])) == {
+        len(a) for a in judged.groups.answers
+    }
     assert all(delimiter not in ids[:-1] and len(ids) <= 16 for ids in completions)
     assert reward.seen[0][1] != completions
     assert module.training

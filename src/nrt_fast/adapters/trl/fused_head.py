@@ -39,7 +39,8 @@ class FusedLogProb:
 
     def apply(
         self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, temperature: float,
-        chunk_size: int, softcap: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = ("entropy",),
+        chunk_size: int, softcap: float | None = None, logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy",),
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """TRL's signature. (log-probability, entropy or None, None, None, None), [N] fp32."""
         if bias_V is not None or softcap is not None or not set(outputs) <= OUTPUTS:

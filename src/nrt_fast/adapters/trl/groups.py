@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
@@ -76,7 +76,9 @@ def group_rows(prompt_ids: list[list[int]], prompts: list, answers: list[str | N
 
 def _example(prompt_ids: list[int], prompt: Any, answer: Any, where: str, tokenizer: Any) -> Example:
     if not isinstance(answer, str):
-        raise UserError(f"{where}: the column answer holds {type(answer).__name__}; valid: text, or None to leave it out")
+        raise UserError(
+            f"{where}: the column answer holds {type(answer).__name__}; valid: text, or None to leave it out"
+        )
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     ((answer_ids, _),) = encode_answers([Pair([], answer, None, where)], tokenizer)
     return Example(0, prompt_ids, answer_ids, None, question, answer, where)
@@ -89,7 +91,10 @@ def split_at(delimiter_id: int, completions: list[list[list[int]]]) -> Traces:
     """
     is_closed = [[delimiter_id in ids for ids in group] for group in completions]
     return Traces(
-        [[ids[: ids.index(delimiter_id)] if delimiter_id in ids else list(ids) for ids in group] for group in completions],
+        [
+            [ids[: ids.index(delimiter_id)] if delimiter_id in ids else list(ids) for ids in group]
+            for group in completions
+        ],
         [[[] for _ in group] for group in completions],
         [[0.0 if closed else None for closed in group] for group in is_closed],
     )

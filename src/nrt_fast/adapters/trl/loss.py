@@ -14,7 +14,7 @@ from nrt_fast.adapters.trl.rollout import RolloutMixin
 from nrt_fast.config import Objective
 from nrt_fast.pack import loss_tokens
 from nrt_fast.train_step import TRACE_LOSSES
-from nrt_fast.types import ANSWER, FORMAT, TRACE, LossTokens, UserError
+from nrt_fast.types import ANSWER, FORMAT, TRACE, LossTokens, Traces, UserError
 
 REPLACED = (
     "beta", "delta", "entropy_coef", "epsilon", "epsilon_high", "importance_sampling_level", "loss_type",
@@ -98,8 +98,8 @@ def _check(trainer: Any, objective: Objective) -> None:
         raise UserError(f"temperature {trainer.temperature}: answers are read at 1, and TRL's forward has one for all; "
                         "valid: 1.0")  # fmt: skip
     if objective.normalizer == "constant" or objective.beta or objective.entropy_coef:
-        raise UserError("the objective's normalizer 'constant', beta and entropy_coef are those of nrt-fast train; valid "
-                        "here: normalizer 'token' or 'sequence', no beta, no entropy_coef")  # fmt: skip
+        raise UserError("the objective's normalizer 'constant', beta and entropy_coef are those of nrt-fast train; "
+                        "valid here: normalizer 'token' or 'sequence', no beta, no entropy_coef")  # fmt: skip
 
 
 def _tokens(judged: Judged, objective: Objective, delimiter_id: int) -> LossTokens:
@@ -108,7 +108,7 @@ def _tokens(judged: Judged, objective: Objective, delimiter_id: int) -> LossToke
     unknown = [[[0.0] * len(ids) for ids in group] for group in traces.trace_ids]  # old log-probs are the trainer's
     rewards = judged.rewards
     return loss_tokens(
-        judged.groups.examples, traces.__class__(traces.trace_ids, unknown, traces.delimiter_logprobs),
+        judged.groups.examples, Traces(traces.trace_ids, unknown, traces.delimiter_logprobs),
         judged.scores.logprobs, rewards.advantage, rewards.signal, rewards.answer_weights, objective, delimiter_id,
         temperature=1.0, max_tokens_per_trace=0,
     )  # fmt: skip

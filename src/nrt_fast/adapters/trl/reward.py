@@ -1,4 +1,4 @@
-"""The NRT reward as a TRL reward function: the answer's likelihood under the live policy, with and without the trace."""
+"""The NRT reward as a TRL reward function: the answer's likelihood under the live policy, with and without a trace."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class NRTReward:
         return groups.spread([shaped.tolist() for shaped in rewards.shaped])
 
     def rollout(self, prompts: list, trainer: Any) -> dict[str, list]:
-        """TRL's ``rollout_func``: our engine samples each group from one prompt and scores on the cache it sampled with.
+        """TRL's ``rollout_func``: our engine samples each group from one prompt, and scores on the cache of that.
 
         A completion is the trace and the delimiter that ended it; ``RolloutMixin`` brings the answers.
 
@@ -190,8 +190,8 @@ def _frozen(engine: Engine, trainer: Any) -> Engine:
         return engine.on(engine.model.without_adapter())
     if trainer.state.global_step:
         raise UserError(
-            f"baseline 'frozen' copies the weights before training, and this run is at step {trainer.state.global_step}; "
-            "valid: LoRA, or baseline 'current'"
+            f"baseline 'frozen' copies the weights before training, and this run is at step {trainer.state.global_step}"
+            "; valid: LoRA, or baseline 'current'"
         )
     return engine.on(engine.model.clone())
 

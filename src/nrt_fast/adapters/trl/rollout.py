@@ -11,7 +11,7 @@ PLAIN_SAMPLING = {"top_p": (1.0, None), "top_k": (0, None), "min_p": (0.0, None)
 
 
 class RolloutMixin:
-    """``class Trainer(RolloutMixin, GRPOTrainer)``: lets ``NRTReward.rollout`` read the answers of the prompts it samples."""
+    """``class Trainer(RolloutMixin, GRPOTrainer)``: lets ``NRTReward.rollout`` read the answers of its prompts."""
 
     nrt_inputs: list[dict[str, Any]] | None = None
 
