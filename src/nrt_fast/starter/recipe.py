@@ -188,6 +188,7 @@ def tokenizer_config() -> dict[str, object]:
         "unk_token": UNK,
         "additional_special_tokens": [THINK, END],
         "model_max_length": MAX_LENGTH,
+        "model_input_names": ["input_ids", "attention_mask"],  # token types, which transformers 4 adds, fit no Llama
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
