@@ -7,7 +7,7 @@ SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.c
 # Bytecode is made where it is first used: making all of torch's at the install would take most of its time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help demo test bench bench-baseline lab lab-quick real-data kernels gpu-suite starter picture docs dist lint core-test \
+.PHONY: help demo test bench bench-baseline lab lab-quick real-data compat kernels gpu-suite starter picture docs dist lint core-test \
 	clean
 
 help:  ## Show the targets
@@ -39,6 +39,11 @@ lab-quick: $(VENV)/installed-test  ## Three presets, fewer seeds and steps; fail
 
 real-data: $(VENV)/installed-test  ## nrt-ws and sft from a base made of the rows in DATA (an hour; goes on if stopped), write docs/results.md
 	$(BIN)/python bench/real_data.py $(DATA)
+
+compat: $(VENV)/installed-test  ## Other trainers and readers, at versions of their own: installs each, then checks ours in it
+	$(BIN)/python tests/compat/loads.py
+	$(BIN)/python tests/compat/trl_versions.py
+	$(BIN)/python tests/compat/peers.py
 
 kernels: $(VENV)/installed-test  ## Write the table of what the compiler makes of each kernel
 	$(BIN)/python tests/compile_lane.py --write

@@ -424,9 +424,9 @@ def loss_module():
 
 def test_the_loss_runs_on_our_head_where_trl_has_a_place_for_it(trl, train, monkeypatch):
     needs_rollout_func(trl)
-    from trl.trainer import utils
+    from trl.trainer import grpo_trainer, utils
 
-    if not hasattr(utils, "_ChunkedLogProbFunction"):
+    if not hasattr(grpo_trainer, "add_fused_lm_head"):
         pytest.skip(f"TRL {trl.__version__} makes logits; the fused head came with 1.15")
     calls, apply = [], FusedLogProb.apply
     monkeypatch.setattr(FusedLogProb, "apply", lambda *args: calls.append(args[9]) or apply(*args))
