@@ -12,17 +12,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/nrt_fast"
 KERNELS = ROOT / "triton_kernels"
 ROOMS = (  # an import goes to a lower rank only; rooms of one rank never import one another
-    {"types", "reference", "backward", "fakes", "metrics", "signals", "arena", "health"},
-    {"arguments", "config_checks", "grading", "ops", "triton_kernels", "starter"},
+    {"types", "reference", "backward", "fakes", "metrics", "signals", "arena", "health", "watch"},
+    {"arguments", "config_checks", "grading", "distributed", "ops", "triton_kernels", "starter"},
     {"config", "kv_cache", "optim", "packed_attention"},
     {"data", "model", "plan", "resolve", "streams", "trackers"},
-    {"decode"},
+    {"decode", "communication"},
     {"rollout", "score", "rewards", "pack", "train_step", "checkpoint", "evaluate"},
     {"engine", "completions", "diagnostics", "json_lines", "report", "html_report", "score_report"},
-    {"source", "eval_report"},
-    {"run", "heldout"},
+    {"source", "eval_report", "shares"},
+    {"run", "heldout", "launch"},
     {"loop", "score_command", "eval_command", "generate_command", "export_command", "report_command", "adapters"},
     {"cli", "doctor"},
+    {"__main__"},
 )
 RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 MAX_FILE_LINES = 450

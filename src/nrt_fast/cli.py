@@ -49,12 +49,13 @@ class Command:
 
 
 def _train(config: TrainConfig, flags: set[str]) -> int:
-    from nrt_fast import loop
+    from nrt_fast import distributed, loop
 
-    if "dry_run" in flags:
-        loop.dry_run(config)
-        return 0
-    return 3 if loop.train(config).get("stopped_on") else 0
+    with distributed.joined(config.ddp_timeout, config.device):
+        if "dry_run" in flags:
+            loop.dry_run(config)
+            return 0
+        return 3 if loop.train(config).get("stopped_on") else 0
 
 
 def _estimate(config: EstimateConfig, flags: set[str]) -> None:
@@ -167,8 +168,26 @@ def _run(argv: list[str]) -> int:
         # OpenMP reads it when torch is loaded. Threads that spin for long while they wait starve each other as soon as
         # the machine has anything else to do: a step of the demo took ten times as long (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        if name == "train" and _are_to_be_launched(config.num_processes):
+            from nrt_fast import launch
+
+            return launch.launch(argv, config.num_processes)
         return COMMANDS[name].run(config, flags) or 0
     return 0
+
+
+def _are_to_be_launched(num_processes: int) -> bool:
+    """Whether this process is to start the others; what torchrun has started is there already.
+
+    Raises:
+        UserError: torchrun has started another number of them.
+    """
+    if "RANK" not in os.environ:
+        return num_processes > 1
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    if num_processes not in (1, num_ranks):
+        raise UserError(f"num_processes is {num_processes}, but torchrun started {num_ranks}; leave it out")
+    return False
 
 
 def _help() -> str:

@@ -37,16 +37,18 @@ class MetricsFile:
     Args:
         path: the file, made if absent.
         last_step: lines of later steps, written after the checkpoint that a run resumes from, are cut off.
+        is_writer: whether this process writes; of several that read, one does.
 
     Attributes:
         rows: the lines that were kept.
     """
 
-    def __init__(self, path: Path, last_step: int):
+    def __init__(self, path: Path, last_step: int, is_writer: bool = True):
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= last_step]
         self.rows = list(map(json.loads, kept))
-        replace_file(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
+        if is_writer:
+            replace_file(path, "".join(kept))
+        self._file = (path if is_writer else Path(os.devnull)).open("a", encoding="utf-8")
 
     def write(self, row: dict[str, float | int | str]) -> None:
         """Append one line and hand it to the operating system."""

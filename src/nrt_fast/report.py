@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from nrt_fast import distributed
 from nrt_fast.config import TrainConfig
 from nrt_fast.data import show_example
 from nrt_fast.health import ALARMS
@@ -36,7 +37,7 @@ NUM_SHOWN = 3
 
 
 class Report:
-    """Console and trackers of one run; a context manager.
+    """Console and trackers of one run; a context manager. Of several ranks the first has them, the others say nothing.
 
     Args:
         config: resolved.
@@ -44,8 +45,8 @@ class Report:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.console = Console(highlight=False)
-        self.trackers = [start(config) for start in find_trackers(config)]
+        self.console = Console(highlight=False, quiet=not distributed.is_first())
+        self.trackers = [start(config) for start in find_trackers(config) if distributed.is_first()]
         self.history: dict[str, list[float]] = {label: [] for label in COLUMNS}
         self.started, self.done = time.perf_counter(), 0
         self.bar = Progress(BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -1,0 +1,127 @@
+"""Any number of ranks makes the same run: samples, losses, weights, checkpoints; and a rank that fails is named."""
+
+import os
+import re
+import shutil
+import signal
+import time
+from functools import partial
+
+import pyarrow.parquet as pq
+import pytest
+from ranks import Ranks, together, train_and_do
+from safetensors.torch import load_file
+
+from nrt_fast import checkpoint, loop
+from nrt_fast.metrics import read_metrics
+from nrt_fast.types import UserError
+
+NUM_STEPS = 10
+FIELDS = {
+    "max_steps": NUM_STEPS, "prompts_per_step": 3, "eval_steps": 1, "save_steps": NUM_STEPS, "max_tokens_per_batch": 64,
+    "adam_epsilon": 1e-6,  # with the default, rounding noise in a gradient of 0 would take full steps
+}  # fmt: skip
+VARIANTS = {
+    "uneven": ({}, (2, 4)),  # 3 groups: 2 and 1, then a rank without any
+    "LoRA, frozen baseline, minibatches": (
+        {"use_peft": True, "lora_r": 4, "baseline": "frozen", "prompts_per_minibatch": 2}, (2,),
+    ),
+    "sft, one prompt": ({"objective": "sft", "max_trace_length": None, "prompts_per_step": 1}, (3,)),
+}  # fmt: skip
+SAMPLED = ("prompt", "completion")
+
+
+def samples(folder):
+    """What was sampled in every step."""
+    tables = [pq.read_table(path).to_pydict() for path in sorted((folder / "completions").iterdir())]
+    return [[table[column] for column in SAMPLED] for table in tables]
+
+
+def assert_same_run(folder, other, measured, tolerance=1e-6):
+    """Samples are the same; what is computed from them is, up to the rounding of sums."""
+    assert samples(folder) == samples(other)
+    schedule = ("nrt/rows_per_decode_step", "nrt/paused", "nrt/recomputed_tokens")
+    for row, expected in zip(measured(folder), measured(other), strict=True):
+        assert expected.keys() == {name for name in row if not name.startswith("comm/")}
+        for name in expected.keys() - set(schedule):
+            assert row[name] == pytest.approx(expected[name], rel=10 * tolerance, abs=tolerance), (row["step"], name)
+    for path in other.glob("final/*model.safetensors"):
+        weights = load_file(folder / "final" / path.name)
+        for name, tensor in load_file(path).items():
+            assert (weights[name] - tensor).norm() <= tolerance * tensor.norm(), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_number_of_ranks_makes_the_same_run(variant, tiny_run, tmp_path, measured):
+    fields, sizes = VARIANTS[variant]
+    loop.train(tiny_run(tmp_path / "1", **(FIELDS | fields)))
+    for size in sizes:
+        folder = tmp_path / str(size)
+        together(size, tmp_path / f"errors {size}", loop.train, tiny_run(folder, **(FIELDS | fields)))
+        assert_same_run(folder, tmp_path / "1", measured)
+        assert checkpoint.newest(folder) == folder / f"checkpoint-{NUM_STEPS}"
+
+
+def test_communication_is_what_theory_says(tiny_run, tmp_path):
+    """The gradients are summed once and the weights gathered once: twice the parameters, fp32 both."""
+    folder = tmp_path / "run"
+    together(2, tmp_path / "errors", loop.train, tiny_run(folder, max_steps=2))
+    num_parameters = sum(t.numel() for t in load_file(folder / "final/model.safetensors").values())
+    for row in read_metrics(folder / "metrics.jsonl"):
+        assert row["comm/gradients_bytes"] == row["comm/weights_bytes"] == 4 * num_parameters
+        assert 0 < row["comm/host_bytes"] < 100_000
+    parts = [load_file(path) for path in sorted((folder / "checkpoint-2").glob("optimizer-*"))]
+    assert [len(part["first"]) for part in parts] == [num_parameters // 2, num_parameters - num_parameters // 2]
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(tiny_run, tmp_path, measured):
+    """SIGTERM comes to one rank of two, in step 4: both stop after it. One rank goes on, and so do three."""
+    loop.train(tiny_run(tmp_path / "whole", **FIELDS))
+    stop = partial(signal.raise_signal, signal.SIGTERM)
+    together(2, tmp_path / "errors", train_and_do, tiny_run(tmp_path / "3", **FIELDS), 4, 1, stop)
+    assert [row["step"] for row in measured(tmp_path / "3")] == [1, 2, 3, 4]
+    assert checkpoint.newest(tmp_path / "3") == tmp_path / "3/checkpoint-4"
+    shutil.copytree(tmp_path / "3", tmp_path / "1")
+    loop.train(tiny_run(tmp_path / "1", **FIELDS))
+    together(3, tmp_path / "errors of 3", loop.train, tiny_run(tmp_path / "3", **FIELDS))
+    for name in ("1", "3"):
+        assert_same_run(tmp_path / name, tmp_path / "whole", measured)
+
+
+def hang():
+    time.sleep(600)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse():
+    raise UserError("row 7: no")
+
+
+def full_disk():
+    def write(*_):
+        raise OSError(28, os.strerror(28))
+
+    checkpoint._write = write
+
+
+@pytest.mark.parametrize(
+    ("act", "told"),
+    [
+        (die, r"rank 1 on \S+ gives no sign of life: it was killed, or its host was lost"),
+        (hang, r"rank 1 on \S+ did not come to the loss within 5 s; its last was the engine's counts"),
+        (refuse, r"rank 1: step 2: row 7: no"),
+        (full_disk, r"rank 1: cannot write \S+/optimizer-00002-of-00002.safetensors: the disk is full; what"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_rank_that_fails_is_named(act, told, tiny_run, tmp_path):
+    """Every other rank ends too, with the reason; the checkpoint of the step before is whole, and there is no other."""
+    folder = tmp_path / "run"
+    ranks = Ranks(2, tmp_path / "errors", train_and_do, tiny_run(folder), 2, 1, act, timeout_s=5)
+    assert ranks.join(40)[0] == 2, ranks.errors()
+    assert re.search(told, ranks.errors()[0]), ranks.errors()
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert checkpoint.problem(folder / "checkpoint-1") is None
