@@ -104,10 +104,9 @@ def _write_own(folder: Path, own: dict[str, Tensor]) -> dict[str, dict[str, int 
     """This rank's file, on the disk; its name and description."""
     count = f"-{distributed.rank() + 1:05}-of-{distributed.size():05}" if distributed.size() > 1 else ""
     path = folder / f"{SLICES}{count}.safetensors"
-    with told_when_full(path):
-        _write(own, path)
-        fsync(path)
-        return {path.name: describe(path)}
+    _write(own, path)
+    fsync(path)
+    return {path.name: describe(path)}
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:

@@ -168,7 +168,7 @@ def _run(argv: list[str]) -> int:
         # OpenMP reads it when torch is loaded. Threads that spin for long while they wait starve each other as soon as
         # the machine has anything else to do: a step of the demo took ten times as long (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-        if name == "train" and _are_to_be_launched(config.num_processes):
+        if _is_to_be_launched(name, config):
             from nrt_fast import launch
 
             return launch.launch(argv, config.num_processes)
@@ -176,18 +176,20 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _are_to_be_launched(num_processes: int) -> bool:
-    """Whether this process is to start the others; what torchrun has started is there already.
+def _is_to_be_launched(name: str, config: Any) -> bool:
+    """Whether this process is to start several that train; those that torchrun has started are there already.
 
     Raises:
-        UserError: torchrun has started another number of them.
+        UserError: torchrun has started another number of them, or another command.
     """
-    if "RANK" not in os.environ:
-        return num_processes > 1
-    num_ranks = int(os.environ["WORLD_SIZE"])
-    if num_processes not in (1, num_ranks):
-        raise UserError(f"num_processes is {num_processes}, but torchrun started {num_ranks}; leave it out")
-    return False
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if name != "train":
+        if num_ranks > 1:
+            raise UserError(f"nrt-fast {name} is one process, but torchrun started {num_ranks}; only train is several")
+        return False
+    if num_ranks > 1 and config.num_processes not in (1, num_ranks):
+        raise UserError(f"num_processes is {config.num_processes}, but torchrun started {num_ranks}; leave it out")
+    return num_ranks == 1 and config.num_processes > 1 and "RANK" not in os.environ
 
 
 def _help() -> str:

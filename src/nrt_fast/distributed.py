@@ -260,6 +260,17 @@ def share(costs: list[int]) -> list[int]:
     return sorted(own)
 
 
+def each(call: Callable[[Any], float], items: list[Any]) -> list[float]:
+    """The call's value for every item, which all ranks have; each computes those of its share."""
+    if size() == 1:
+        return list(map(call, items))
+    own = torch.tensor([call(item) for item in items[rank() :: size()]], dtype=torch.float64)
+    values = torch.empty(len(items), dtype=torch.float64)
+    for number, part in enumerate(gather_rows([own], torch.float64, "the metrics")):
+        values[number :: size()] = part
+    return values.tolist()
+
+
 # Flat tensors in slices
 
 
