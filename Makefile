@@ -7,7 +7,7 @@ SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.c
 # Bytecode is made where it is first used: making all of torch's at the install would take most of its time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help demo test bench bench-baseline lab lab-quick kernels gpu-suite starter picture lint core-test clean
+.PHONY: help demo test bench bench-baseline lab lab-quick cluster kernels gpu-suite starter picture lint core-test clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -35,6 +35,9 @@ lab: $(VENV)/installed-docs  ## Train every preset on three kinds of tasks (an h
 
 lab-quick: $(VENV)/installed-docs  ## Three presets, fewer seeds and steps; fails if thinking does not pay where it is needed
 	$(BIN)/python bench/objectives.py --quick
+
+cluster: $(VENV)/installed-test  ## Ranks on two hosts (network namespaces; root), killed, cut off and started again
+	$(BIN)/python tests/compat/cluster.py
 
 kernels: $(VENV)/installed-test  ## Write the table of what the compiler makes of each kernel
 	$(BIN)/python tests/compile_lane.py --write

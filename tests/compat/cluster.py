@@ -173,6 +173,25 @@ def check_restart(scratch: Path, whole: Path) -> None:
     print(f"a rank killed under --max-restarts: weights apart by {assert_same_run(folder, whole):.1e}")
 
 
+# One machine
+
+
+def check_launcher(scratch: Path, whole: Path) -> None:
+    """nrt-fast train --num_processes 2, Ctrl-C after step 4: both stop after one step, saved; the same goes on."""
+    folder = scratch / "launched"
+    fields = [f"--{key}={value}" for key, value in (FIELDS | {"save_steps": 10}).items()]
+    argv = [sys.executable, "-m", "nrt_fast", "train", "--num_processes=2", *fields, f"--output_dir={folder}"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: step_of(folder) >= 4)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    step = step_of(folder)
+    assert process.returncode == 128 + signal.SIGINT and saved_step(folder) == step, (process.returncode, err)
+    assert out.count(f"stopped after step {step}, saved") == 1, out
+    assert subprocess.run(argv, capture_output=True).returncode == 0
+    print(f"--num_processes 2, Ctrl-C: saved after step {step}; weights apart by {assert_same_run(folder, whole):.1e}")
+
+
 # Kills
 
 
@@ -230,7 +249,7 @@ def check_overhead(scratch: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checks", nargs="*", default=["hosts", "lost", "restart", "kills", "overhead"])
+    parser.add_argument("checks", nargs="*", default=["launcher", "hosts", "lost", "restart", "kills", "overhead"])
     checks = parser.parse_args().checks
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as name:
@@ -243,6 +262,8 @@ def main() -> None:
         print(
             f"one process: {seconds:.1f} s for {FIELDS['max_steps']} steps, after {imported - started:.1f} s of imports"
         )
+        if "launcher" in checks:
+            check_launcher(scratch, whole)
         if "hosts" in checks:
             check_two_hosts(scratch, whole)
         if "lost" in checks:
