@@ -11,7 +11,7 @@ SHUTDOWN_S = 600  # after a signal, for the step that runs and its checkpoint
 
 def launch(argv: list[str], num_processes: int) -> int:
     """Run the command in so many processes; returns its exit code, 2 if one failed, 128 + n after signal n."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

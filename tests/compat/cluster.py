@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -121,7 +121,8 @@ def all_of(host: subprocess.Popen) -> list[int]:
 def end(host: subprocess.Popen) -> None:
     """What a loss of power does: no process of it says anything any more."""
     for pid in all_of(host):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     host.wait()
 
 
