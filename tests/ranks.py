@@ -11,7 +11,11 @@ from pathlib import Path
 from nrt_fast import distributed, loop
 from nrt_fast.types import UserError
 
-PRELOADED = ["nrt_fast.loop", "transformers.models.llama.configuration_llama", "ranks"]
+PRELOADED = [
+    "ranks", "nrt_fast.loop", "nrt_fast.backward", "nrt_fast.fakes", "pandas", "pyarrow.parquet",
+    "transformers.models.llama.configuration_llama", "transformers.convert_slow_tokenizer",
+    "transformers.tokenization_utils_tokenizers",
+]  # fmt: skip
 
 
 @cache

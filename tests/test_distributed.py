@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from ranks import Ranks, together, train_and_do
 from safetensors.torch import load_file
 
@@ -37,6 +38,7 @@ SAMPLED = ("prompt", "completion")
 SCHEDULE = {"nrt/rows_per_decode_step", "nrt/paused", "nrt/recomputed_tokens"}  # of each rank's own engine
 EXACT_ZEROS = {"frac_reward_zero_std", "nrt/frac_clipped"}  # counts of rewards whose last bit decides
 ROUNDING = ("nrt/dlogp", "nrt/score_audit")  # what they measure
+STEEP = ("grad_norm", "nrt/grad_")  # of weights that are 1e-7 apart
 
 
 def samples(folder):
@@ -45,18 +47,21 @@ def samples(folder):
     return [[table[column] for column in SAMPLED] for table in tables]
 
 
+def flat_weights(folder):
+    (path,) = (folder / "final").glob("*model.safetensors")
+    return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(path).items())])
+
+
 def assert_same_run(folder, other, measured, tolerance=1e-6):
     """Samples are the same; what is computed from them is, up to the rounding of sums."""
     assert samples(folder) == samples(other)
     for row, expected in zip(measured(folder), measured(other), strict=True):
         assert expected.keys() == {name for name in row if not name.startswith("comm/")}
         for name in expected.keys() - SCHEDULE - EXACT_ZEROS:
-            rounding = 1e-5 if name.startswith(ROUNDING) else tolerance
-            assert row[name] == pytest.approx(expected[name], rel=10 * tolerance, abs=rounding), (row["step"], name)
-    for path in other.glob("final/*model.safetensors"):
-        weights = load_file(folder / "final" / path.name)
-        for name, tensor in load_file(path).items():
-            assert (weights[name] - tensor).norm() <= tolerance * tensor.norm(), name
+            allowed = 1e-4 if name.startswith(STEEP) else 1e-5 if name.startswith(ROUNDING) else tolerance
+            assert row[name] == pytest.approx(expected[name], rel=10 * tolerance, abs=allowed), (row["step"], name)
+    weights, expected = flat_weights(folder), flat_weights(other)
+    assert (weights - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -109,9 +114,7 @@ def test_a_rank_that_cannot_read_its_slice_is_named(tiny_run, tmp_path):
     together(2, tmp_path / "errors", loop.train, tiny_run(folder, max_steps=1))
     ranks = Ranks(2, tmp_path / "errors again", train_unreadable, tiny_run(folder, max_steps=2))
     assert ranks.join(40) == [2, 2]
-    told = (
-        r"rank 1: \S+/checkpoint-1/optimizer-00001-of-00002.safetensors is not a readable safetensors file: .*I/O err"
-    )
+    told = r"rank 1: \S+/checkpoint-1/optimizer-00001-of-00002.safetensors is not a readable safetensors file: .*output"
     assert all(re.search(told, text) for text in ranks.errors()), ranks.errors()
     assert checkpoint.newest(folder) == folder / "checkpoint-1"
 

@@ -46,6 +46,9 @@ class _Job:
 
 
 _job: _Job | None = None
+# torch 2.13 has new names for the two.
+_gather_even = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_even = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def size() -> int:
@@ -155,13 +158,13 @@ def _gather(values: Tensor, doing: str) -> Tensor:
     """[n] of each rank, whose n differ, as one tensor."""
     with _together(doing):
         num = torch.empty(size(), dtype=torch.int64)
-        dist.all_gather_into_tensor(num, torch.tensor([len(values)]))
+        _gather_even(num, torch.tensor([len(values)]))
         most = int(num.max())
         padded = values.new_zeros(size() * most)
         own = values.new_zeros(most)
         own[: len(values)] = values
         if most:
-            dist.all_gather_into_tensor(padded, own)
+            _gather_even(padded, own)
     _count("host", padded)
     return torch.cat([part[:n] for part, n in zip(padded.view(size(), most), num.tolist(), strict=True)])
 
@@ -296,7 +299,7 @@ def reduce_scatter(flat: Tensor, block: int) -> None:
     step, even = _step(len(flat), block), _step(len(flat), block) * size()
     with _together("the gradients"):
         if step:
-            dist.reduce_scatter_tensor(flat[rank() * step : (rank() + 1) * step], flat[:even])
+            _scatter_even(flat[rank() * step : (rank() + 1) * step], flat[:even])
         if even < len(flat):
             dist.all_reduce(flat[even:])
     _count("gradients", flat)
@@ -309,7 +312,7 @@ def all_gather(flat: Tensor, block: int) -> None:
     step, even = _step(len(flat), block), _step(len(flat), block) * size()
     with _together("the weights"):
         if step:
-            dist.all_gather_into_tensor(flat[:even], flat[rank() * step : (rank() + 1) * step])
+            _gather_even(flat[:even], flat[rank() * step : (rank() + 1) * step])
         if even < len(flat):
             dist.broadcast(flat[even:], size() - 1)
     _count("weights", flat)
