@@ -101,7 +101,8 @@ def start_host(name: str, folder: Path, log: Path, *options: str) -> subprocess.
     argv = [
         "ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
         "--rdzv-backend=c10d", "--rdzv-id=cluster", f"--rdzv-endpoint={HOSTS['nrt-a']}:{PORT}",
-        f"--local-addr={HOSTS[name]}", *options, "-m", "nrt_fast", "train", *fields, f"--output_dir={folder}",
+        f"--rdzv-conf=is_host={name == 'nrt-a'}", f"--local-addr={HOSTS[name]}", *options, "-m", "nrt_fast", "train",
+        *fields, f"--output_dir={folder}",
     ]  # fmt: skip
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "nrt0", "OMP_NUM_THREADS": "1"}
     with log.open("a") as file:
