@@ -12,9 +12,8 @@ from nrt_fast import distributed, loop
 from nrt_fast.types import UserError
 
 PRELOADED = [
-    "ranks", "nrt_fast.loop", "nrt_fast.backward", "nrt_fast.fakes", "pandas", "pyarrow.parquet",
-    "transformers.models.llama.configuration_llama", "transformers.convert_slow_tokenizer",
-    "transformers.tokenization_utils_tokenizers",
+    "ranks", "nrt_fast.loop", "pandas", "pyarrow.parquet", "transformers.models.llama.configuration_llama",
+    "transformers.convert_slow_tokenizer", "transformers.tokenization_utils_tokenizers",
 ]  # fmt: skip
 
 

@@ -127,15 +127,20 @@ def end(host: subprocess.Popen) -> None:
     host.wait()
 
 
+def end_together(running: list[subprocess.Popen], logs: dict[str, Path]) -> None:
+    """Wait for two hosts to end well."""
+    codes = [host.wait(300) for host in running]
+    assert codes == [0, 0], "\n".join([str(codes), *(log.read_text()[-4000:] for log in logs.values())])
+
+
 def error_in(log: Path) -> str:
     return next((line for line in log.read_text().splitlines() if "nrt-fast: error:" in line), "no error is told")
 
 
 def check_two_hosts(scratch: Path, whole: Path) -> None:
-    folder = scratch / "two hosts"
+    folder, logs = scratch / "two hosts", {name: scratch / f"{name}.log" for name in HOSTS}
     with hosts():
-        started = [start_host(name, folder, scratch / f"{name}.log") for name in HOSTS]
-        assert [host.wait(300) for host in started] == [0, 0], (scratch / "nrt-b.log").read_text()
+        end_together([start_host(name, folder, logs[name]) for name in HOSTS], logs)
     print(f"two hosts: the same samples; weights apart by {assert_same_run(folder, whole):.1e}")
 
 
@@ -159,8 +164,7 @@ def check_lost_host(scratch: Path, whole: Path, lost: str, how: str) -> None:
         assert saved >= 2 and checkpoint.problem(folder / f"checkpoint-{saved}") is None
         print(f"{lost} {how}: {other} ends after {seconds:.0f} s: {error_in(logs[other])}")
     with hosts():
-        again = [start_host(name, folder, logs[name]) for name in HOSTS]
-        assert [host.wait(300) for host in again] == [0, 0]
+        end_together([start_host(name, folder, logs[name]) for name in HOSTS], logs)
     print(f"{lost} {how}: started again from step {saved}, weights apart by {assert_same_run(folder, whole):.1e}")
 
 
@@ -171,7 +175,7 @@ def check_restart(scratch: Path, whole: Path) -> None:
         running = {name: start_host(name, folder, logs[name], "--max-restarts=3") for name in HOSTS}
         wait_for(lambda: step_of(folder) >= 4)
         os.kill(all_of(running["nrt-b"])[-1], signal.SIGKILL)
-        assert [host.wait(300) for host in running.values()] == [0, 0], logs["nrt-a"].read_text()[-3000:]
+        end_together(list(running.values()), logs)
     print(f"a rank killed under --max-restarts: weights apart by {assert_same_run(folder, whole):.1e}")
 
 
