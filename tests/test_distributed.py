@@ -14,17 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import Ranks, together, train_and_do
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nrt_fast import checkpoint, cli, distributed, loop
 from nrt_fast.metrics import read_metrics
+from nrt_fast.optim import AdamW
 from nrt_fast.reference.adamw import BLOCK
 from nrt_fast.shares import deal
 from nrt_fast.types import UserError
 
 NUM_STEPS = 10
 FIELDS = {
-    "max_steps": NUM_STEPS, "prompts_per_step": 3, "eval_steps": 1, "save_steps": NUM_STEPS, "max_tokens_per_batch": 64,
+    "max_steps": NUM_STEPS, "prompts_per_step": 3, "eval_steps": 2, "save_steps": NUM_STEPS, "max_tokens_per_batch": 64,
     "adam_epsilon": 1e-6,  # with the default, rounding noise in a gradient of 0 would take full steps
 }  # fmt: skip
 VARIANTS = {
@@ -32,7 +33,7 @@ VARIANTS = {
     "LoRA, frozen baseline, minibatches": (
         {"use_peft": True, "lora_r": 4, "baseline": "frozen", "prompts_per_minibatch": 2}, (2,),
     ),
-    "sft, one prompt": ({"objective": "sft", "max_trace_length": None, "prompts_per_step": 1}, (3,)),
+    "sft, one prompt": ({"objective": "sft", "max_trace_length": None, "prompts_per_step": 1}, (2,)),
 }  # fmt: skip
 SAMPLED = ("prompt", "completion")
 SCHEDULE = {"nrt/rows_per_decode_step", "nrt/paused", "nrt/recomputed_tokens"}  # of each rank's own engine
@@ -42,7 +43,7 @@ STEEP = ("grad_norm", "nrt/grad_")  # of weights that are 1e-7 apart
 
 
 def samples(folder):
-    """What was sampled in every step."""
+    """What was sampled in every step with an evaluation."""
     tables = [pq.read_table(path).to_pydict() for path in sorted((folder / "completions").iterdir())]
     return [[table[column] for column in SAMPLED] for table in tables]
 
@@ -89,15 +90,16 @@ def test_communication_is_what_theory_says(tiny_run, tmp_path):
 
 
 def test_a_run_goes_on_with_any_number_of_ranks(tiny_run, tmp_path, measured):
-    """SIGTERM comes to one rank of two, in step 4: both stop after it. One rank goes on, and so do three."""
-    loop.train(tiny_run(tmp_path / "whole", **FIELDS))
+    """SIGTERM comes to one rank of two, in step 3: both stop after it. One rank goes on, and so do three."""
+    fields = FIELDS | {"max_steps": 6}
+    loop.train(tiny_run(tmp_path / "whole", **fields))
     stop = partial(signal.raise_signal, signal.SIGTERM)
-    together(2, tmp_path / "errors", train_and_do, tiny_run(tmp_path / "3", **FIELDS), 4, 1, stop)
-    assert [row["step"] for row in measured(tmp_path / "3")] == [1, 2, 3, 4]
-    assert checkpoint.newest(tmp_path / "3") == tmp_path / "3/checkpoint-4"
+    together(2, tmp_path / "errors", train_and_do, tiny_run(tmp_path / "3", **fields), 3, 1, stop)
+    assert [row["step"] for row in measured(tmp_path / "3")] == [1, 2, 3]
+    assert checkpoint.newest(tmp_path / "3") == tmp_path / "3/checkpoint-3"
     shutil.copytree(tmp_path / "3", tmp_path / "1")
-    loop.train(tiny_run(tmp_path / "1", **FIELDS))
-    together(3, tmp_path / "errors of 3", loop.train, tiny_run(tmp_path / "3", **FIELDS))
+    loop.train(tiny_run(tmp_path / "1", **fields))
+    together(3, tmp_path / "errors of 3", loop.train, tiny_run(tmp_path / "3", **fields))
     for name in ("1", "3"):
         assert_same_run(tmp_path / name, tmp_path / "whole", measured)
 
@@ -188,6 +190,29 @@ def test_shares_are_even_and_slices_whole(size, as_rank):
         assert [part.stop for part in slices[:-1]] == [part.start for part in slices[1:]]
         assert (slices[0].start, slices[-1].stop) == (0, num_elements)
         assert all(part.start % BLOCK == 0 for part in slices)
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16, torch.int8])
+def test_slices_of_three_ranks_are_read_by_two_and_by_one(moments, as_rank, tmp_path):
+    """Moments, their scales and remainders, each number where it belongs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def optimizer(rank, size):
+        as_rank(rank, size)
+        return AdamW(torch.ones(9001).bfloat16(), (), 0, (0.9, 0.95), 1e-15, 0.01, moments)
+
+    for rank in range(3):
+        own = optimizer(rank, 3).state()
+        for tensor in own.values():
+            tensor.copy_(torch.randint(0, 100, tensor.shape, generator=generator))
+        save_file(own, tmp_path / f"optimizer-{rank + 1:05}-of-00003.safetensors")
+    whole = checkpoint.load_slices(tmp_path, optimizer(0, 1).ranges())
+    assert len(whole["first"]) == 9001 and whole["first"].dtype == moments
+    for rank in range(2):
+        own = optimizer(rank, 2)
+        own.load_state(checkpoint.load_slices(tmp_path, own.ranges()))
+        for name, part in own.ranges().items():
+            assert torch.equal(own.state()[name], whole[name][part]), name
 
 
 def test_groups_are_dealt_with_the_longest_first(as_rank):
