@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -89,6 +90,7 @@ def joined(timeout_s: float, device: str = "auto") -> Iterator[None]:
         return
     on_gpus, timeout = device != "cpu" and torch.cuda.is_available(), timedelta(seconds=timeout_s)
     store, own, num_ranks = next(dist.rendezvous("env://", timeout=timeout))
+    store = _met(store, own, num_ranks, timeout_s)
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=own, world_size=num_ranks, timeout=timeout)
     signs = dist.PrefixStore("nrt_fast", store.clone())
@@ -108,6 +110,27 @@ def joined(timeout_s: float, device: str = "auto") -> Iterator[None]:
     finally:
         _job.watch.stop()
         _job = None
+
+
+def _met(store, own: int, num_ranks: int, timeout_s: float):
+    """The store under a name of this start alone: torchrun's outlives the ranks, and has what earlier ones left there.
+
+    Each rank says hello with a word that nobody has used; the first answers those it sees until all have its answer.
+    """
+    word, end = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if own > 0:
+        store.set(f"hello/{own}", word)
+        name = store.get(f"welcome/{word}").decode()
+        store.add(f"{name}/met", 1)
+        return dist.PrefixStore(name, store)
+    while store.add(f"{word}/met", 0) < num_ranks - 1:
+        for other in range(1, num_ranks):
+            if store.check([f"hello/{other}"]):
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", word)
+        if time.monotonic() > end:
+            raise UserError(f"not all of {num_ranks} processes came within {timeout_s:g} s")
+        time.sleep(0.02)
+    return dist.PrefixStore(word, store)
 
 
 def _take_gpu(device: str) -> None:
