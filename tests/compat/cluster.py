@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -231,20 +232,19 @@ def check_kills(scratch: Path, whole: Path, seconds: float) -> None:
 
 def check_overhead(scratch: Path) -> None:
     """The same total work by one process and by two, in processor time: other work on the machine changes it least."""
-    fields = FIELDS | {
-        "max_steps": 8, "prompts_per_step": 16, "num_generations": 8, "max_trace_length": 40, "eval_steps": 0,
-        "save_steps": 100, "num_eval_prompts": 0,
-    }  # fmt: skip
-    for size in (1, 2):
-        folder = scratch / f"timed {size}"
+    for num_prompts, size in product((16, 64), (1, 2)):
+        folder = scratch / f"timed {num_prompts} {size}"
+        fields = FIELDS | {
+            "max_steps": 6, "prompts_per_step": num_prompts, "num_generations": 8, "max_trace_length": 40,
+            "eval_steps": 0, "save_steps": 100, "num_eval_prompts": 0,
+        }  # fmt: skip
         config = TrainConfig(**fields, output_dir=str(folder))
-        ranks = Ranks(size, scratch / f"errors timed {size}", train_timed, config, scratch)
+        ranks = Ranks(size, scratch / f"errors of {folder.name}", train_timed, config, scratch)
         assert ranks.join(600) == [0] * size, ranks.errors()
         rows = read_metrics(folder / "metrics.jsonl")[1:]
-        busy = [float((scratch / f"{rank}.seconds").read_text()) for rank in range(size)]
+        busy = " + ".join(f"{float((scratch / f'{rank}.seconds').read_text()):.3f}" for rank in range(size))
         wall = sum(row["step_time"] for row in rows) / len(rows)
-        told = " + ".join(f"{seconds:.3f}" for seconds in busy)
-        print(f"{size} process(es), starter, 16 x 8 traces: {told} processor seconds a step, {wall:.3f} s of wall time")
+        print(f"{size} process(es), starter, {num_prompts} x 8 traces: {busy} processor s a step, {wall:.3f} s in all")
 
 
 def main() -> None:
