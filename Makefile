@@ -7,7 +7,7 @@ SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.c
 # Bytecode is made where it is first used: making all of torch's at the install would take most of its time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help demo test bench bench-baseline lab lab-quick real-data compat kernels gpu-suite starter picture docs dist lint core-test \
+.PHONY: help demo test bench bench-baseline lab lab-quick real-data compat cluster kernels gpu-suite starter picture docs dist lint core-test \
 	clean
 
 help:  ## Show the targets
@@ -44,6 +44,9 @@ compat: $(VENV)/installed-test  ## Other trainers and readers, at versions of th
 	$(BIN)/python tests/compat/loads.py
 	$(BIN)/python tests/compat/trl_versions.py
 	$(BIN)/python tests/compat/peers.py
+
+cluster: $(VENV)/installed-test  ## Ranks on two hosts (network namespaces; root), killed, cut off and started again
+	$(BIN)/python tests/compat/cluster.py
 
 kernels: $(VENV)/installed-test  ## Write the table of what the compiler makes of each kernel
 	$(BIN)/python tests/compile_lane.py --write

@@ -18,8 +18,8 @@ IDENTITY = {"seed": 0, "model": "tiny"}
 
 def save(folder, step, keep=2, size=3):
     return checkpoint.save(
-        folder, step, lambda path: (path / "config.json").write_text("{}"),
-        {"optimizer": {"first": torch.full((size,), float(step))}}, {"step": step}, keep,
+        folder, step, lambda path: (path / "config.json").write_text("{}"), {"ema": {"flat": torch.ones(2)}},
+        {"first": torch.full((size,), float(step))}, {"step": step}, keep,
     )  # fmt: skip
 
 
@@ -47,7 +47,9 @@ def test_what_is_saved_is_loaded(tmp_path):
     folder = save(tmp_path, 7)
     state, tensors = checkpoint.load(folder)
     assert state == {"step": 7}
-    assert torch.equal(tensors["optimizer"]["first"], torch.full((3,), 7.0))
+    assert torch.equal(tensors["ema"]["flat"], torch.ones(2))
+    own = checkpoint.load_slices(folder, {"first": slice(1, 3), "absent": slice(0, 1)})
+    assert torch.equal(own.pop("first"), torch.full((2,), 7.0)) and not own
     assert checkpoint.newest(tmp_path) == folder
 
 

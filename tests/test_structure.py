@@ -12,15 +12,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/nrt_fast"
 KERNELS = ROOT / "triton_kernels"
 ROOMS = (  # an import goes to a lower rank only; rooms of one rank never import one another
-    {"types", "reference", "backward", "fakes", "metrics", "signals", "arena", "health"},
-    {"arguments", "config_checks", "grading", "ops", "triton_kernels", "starter"},
+    {"types", "reference", "backward", "fakes", "metrics", "signals", "arena", "health", "watch"},
+    {"arguments", "config_checks", "distributed", "grading", "ops", "triton_kernels", "starter"},
     {"config", "kv_cache", "optim", "packed_attention", "tool_config"},
     {"data", "hub", "model", "plan", "resolve", "shell_completion", "streams", "trackers"},
-    {"decode"},
+    {"decode", "communication"},
     {"rollout", "score", "rewards", "pack", "train_step", "checkpoint", "evaluate"},
     {"engine", "completions", "diagnostics", "json_lines", "report", "html_report", "score_report"},
-    {"source", "eval_report", "model_card"},
-    {"run", "heldout"},
+    {"source", "eval_report", "model_card", "shares"},
+    {"run", "heldout", "launch"},
     {
         "loop",
         "score_command",
@@ -33,6 +33,7 @@ ROOMS = (  # an import goes to a lower rank only; rooms of one rank never import
     },
     {"doctor"},
     {"cli"},
+    {"__main__"},
 )
 RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 MAX_FILE_LINES = 450

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, in Hugging Face layout, and the folder of a run.
 
 output_dir/run.json                what the run is: the fields that decide its result
-output_dir/checkpoint-<step>/      model or adapter, tokenizer, optimizer.safetensors, *.safetensors, trainer_state.json
+output_dir/checkpoint-<step>/      model or adapter, tokenizer, trainer_state.json, *.safetensors
 output_dir/checkpoint-<step>/manifest.json   size and SHA-256 of every file, written last
 output_dir/final/                  model or adapter, and tokenizer
 """
@@ -20,15 +20,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nrt_fast import distributed
 from nrt_fast.metrics import fsync, replace_file
 from nrt_fast.types import UserError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
+SLICES = "optimizer"  # of each rank that saved: optimizer-00001-of-00002.safetensors; of one alone, without a number
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json",
@@ -69,16 +73,19 @@ def save(
     step: int,
     save_model: Callable[[Path], None],
     tensors: dict[str, dict[str, Tensor]],
+    own: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
 ) -> Path:
     """Write ``checkpoint-<step>`` so that it is there whole or not at all; then drop what is not needed any more.
 
     The newest ``keep`` up to this step stay. Later ones are of a course that the run has left, or are incomplete.
+    Every rank calls this. Each writes its slice of the optimizer's state, the first everything else.
 
     Args:
         save_model: writes model and tokenizer into a folder.
         tensors: further files, by name without suffix.
+        own: this rank's slice of flat tensors.
         state: JSON of everything else that a resumed run needs.
 
     Raises:
@@ -86,18 +93,46 @@ def save(
     """
     final = output_dir / f"checkpoint-{step}"
     with atomic_folder(final) as folder:
-        save_model(folder)
-        for name, group in tensors.items():
-            save_file({key: tensor.contiguous() for key, tensor in group.items()}, folder / f"{name}.safetensors")
-        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
-        manifest = {path.name: describe(path) for path in sorted(folder.iterdir())}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        parts = distributed.on_all(lambda: _write_own(folder, own), "the checkpoint's slices")
+        described = {name: description for part in parts for name, description in part.items()}
+        distributed.on_first(_write_rest, folder, save_model, tensors, state, described)
+    distributed.on_first(_drop_old, output_dir, step, keep)
+    return final
+
+
+def _write_own(folder: Path, own: dict[str, Tensor]) -> dict[str, dict[str, int | str]]:
+    """This rank's file, on the disk; its name and description."""
+    count = f"-{distributed.rank() + 1:05}-of-{distributed.size():05}" if distributed.size() > 1 else ""
+    path = folder / f"{SLICES}{count}.safetensors"
+    _write(own, path)
+    fsync(path)
+    return {path.name: describe(path)}
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _write_rest(
+    folder: Path, save_model: Callable[[Path], None], tensors: dict[str, dict[str, Tensor]], state: dict[str, Any],
+    described: dict[str, dict[str, int | str]],
+) -> None:  # fmt: skip
+    save_model(folder)
+    for name, group in tensors.items():
+        _write(group, folder / f"{name}.safetensors")
+    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+    # A file of another host need not show in the folder here yet, but it is described.
+    rest = {path.name: describe(path) for path in folder.iterdir() if path.name not in described}
+    manifest = dict(sorted((described | rest).items()))
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _drop_old(output_dir: Path, step: int, keep: int) -> None:
     numbered = _numbered(output_dir)
     kept = [path for number, path in numbered if number <= step][-keep:]
     for _, path in numbered:
         if path not in kept:
             _remove(path)
-    return final
 
 
 def new_folder(name: str) -> Path:
@@ -112,20 +147,29 @@ def new_folder(name: str) -> Path:
 def atomic_folder(final: Path) -> Iterator[Path]:
     """A folder to fill that gets its name only when everything in it is on the disk; replaces one of that name."""
     folder = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
     with told_when_full(final):
         try:
-            folder.mkdir(parents=True)
+            distributed.on_first(_make_anew, folder)
             yield folder
-            for path in folder.iterdir():
-                fsync(path)
-            fsync(folder)
-            _remove(final)
-            folder.rename(final)
-            fsync(final.parent)
+            distributed.on_first(_publish, folder, final)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            if distributed.is_first():
+                shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _publish(folder: Path, final: Path) -> None:
+    for path in folder.iterdir():
+        fsync(path)
+    fsync(folder)
+    _remove(final)
+    folder.rename(final)
+    fsync(final.parent)
 
 
 @contextmanager
@@ -197,9 +241,33 @@ def problem(folder: Path) -> str | None:
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """(state, tensors by file name) of a complete checkpoint."""
-    files = [path for path in folder.glob("*.safetensors") if not path.name.startswith(("model", "adapter_model"))]
+    """(state, tensors by file name) of a complete checkpoint, without model and slices."""
+    others = ("model", "adapter_model", SLICES)
+    files = [path for path in folder.glob("*.safetensors") if not path.name.startswith(others)]
     return json.loads((folder / STATE).read_text()), {path.stem: load_file(path) for path in files}
+
+
+def load_slices(folder: Path, ranges: dict[str, slice]) -> dict[str, Tensor]:
+    """Parts of the flat tensors that any number of ranks has saved, slice behind slice; without absent names.
+
+    Raises:
+        UserError: a file cannot be read, or is not as long as it says.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    offsets = dict.fromkeys(ranges, 0)
+    for path in sorted(folder.glob(f"{SLICES}*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in ranges.keys() & set(file.keys()):
+                    found, wanted, offset = file.get_slice(name), ranges[name], offsets[name]
+                    (length,) = found.get_shape()
+                    parts.setdefault(name, []).append(
+                        found[max(0, wanted.start - offset) : max(0, min(length, wanted.stop - offset))]
+                    )
+                    offsets[name] += length
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+    return {name: torch.cat(pieces) for name, pieces in parts.items()}
 
 
 def save_tokenizer(tokenizer, source: Path, grown: bool, folder: Path) -> None:

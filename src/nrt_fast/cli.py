@@ -51,12 +51,13 @@ class Command:
 
 
 def _train(config: TrainConfig, flags: set[str]) -> int:
-    from nrt_fast import loop
+    from nrt_fast import distributed, loop
 
-    if "dry_run" in flags:
-        loop.dry_run(config)
-        return 0
-    return 3 if loop.train(config).get("stopped_on") else 0
+    with distributed.joined(config.ddp_timeout, config.device):
+        if "dry_run" in flags:
+            loop.dry_run(config)
+            return 0
+        return 3 if loop.train(config).get("stopped_on") else 0
 
 
 def _estimate(config: EstimateConfig, flags: set[str]) -> None:
@@ -206,8 +207,28 @@ def _run(argv: list[str]) -> int:
         # OpenMP reads it when torch is loaded. Threads that spin for long while they wait starve each other as soon as
         # the machine has anything else to do: a step of the demo took ten times as long (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        if _is_to_be_launched(name, config):
+            from nrt_fast import launch
+
+            return launch.launch(argv, config.num_processes)
         return COMMANDS[name].run(config, flags) or 0
     return 0
+
+
+def _is_to_be_launched(name: str, config: Any) -> bool:
+    """Whether this process is to start several that train; those that torchrun has started are there already.
+
+    Raises:
+        UserError: torchrun has started another number of them, or another command.
+    """
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if name != "train":
+        if num_ranks > 1:
+            raise UserError(f"nrt-fast {name} is one process, but torchrun started {num_ranks}; only train is several")
+        return False
+    if num_ranks > 1 and config.num_processes not in (1, num_ranks):
+        raise UserError(f"num_processes is {config.num_processes}, but torchrun started {num_ranks}; leave it out")
+    return num_ranks == 1 and config.num_processes > 1 and "RANK" not in os.environ
 
 
 def _help() -> str:

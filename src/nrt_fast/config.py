@@ -267,6 +267,10 @@ class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     """Alarms at which the run stops, saved (comma-separated; docs/health.md): all, or some of their names."""
     report_to: list[str] | str = "none"
     """Trackers beside metrics.jsonl: trackio, wandb, tensorboard (comma-separated)."""
+    num_processes: int = 1
+    """Processes on this machine that train together, one for each GPU; torchrun starts them on several machines."""
+    ddp_timeout: float = 1800.0
+    """Seconds that a process waits for another one before the run ends and tells which."""
     resume_from_checkpoint: str = "auto"
     """auto: the newest complete checkpoint of output_dir, else from scratch; false; or a checkpoint's path."""
 
@@ -314,6 +318,17 @@ class EstimateConfig(TrainConfig):
 
     device_memory_gib: float | None = None
     """Memory of the device; that of the device chosen if absent."""
+    nodes: int = 1
+    """Machines that train together."""
+    gpus: int | None = None
+    """Processes on each, one for each GPU; num_processes if absent."""
+    bus_bandwidth_gb_s: float | None = None
+    """GB/s between all of them, as nccl-tests' all_gather_perf measures (busbw); no time is told if absent."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of all machines."""
+        return self.nodes * (self.gpus or self.num_processes)
 
 
 @dataclass(frozen=True)

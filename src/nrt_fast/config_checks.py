@@ -29,11 +29,12 @@ AT_LEAST = {
     "std_floor": 0, "beta": 0, "entropy_coef": 0, "prompts_per_step": 1, "prompts_per_minibatch": 1,
     "num_generations": 1, "max_tokens_per_batch": 1, "warmup_steps": 0, "weight_decay": 0, "adam_beta1": 0,
     "adam_beta2": 0, "max_steps": 1, "seed": 0, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1,
-    "eval_steps": 0, "num_prompts": 1, "lora_r": 1, "lora_alpha": 1,
+    "eval_steps": 0, "num_prompts": 1, "num_processes": 1, "nodes": 1,
+    "gpus": 1, "lora_r": 1, "lora_alpha": 1,
 }  # fmt: skip
 ABOVE = dict.fromkeys(
     ("epsilon", "epsilon_high", "temperature", "learning_rate", "adam_epsilon", "max_grad_norm", "num_train_epochs",
-     "device_memory_gib"), 0,
+     "device_memory_gib", "ddp_timeout", "bus_bandwidth_gb_s"), 0,
 )  # fmt: skip
 METRICS = ("exact", "normalised", "math")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -7,6 +7,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from nrt_fast import distributed
 from nrt_fast.config import Objective
 from nrt_fast.evaluate import hard_positions
 from nrt_fast.metrics import mean
@@ -29,6 +30,7 @@ def rollout_metrics(
     ]
     raw, shaped = torch.cat(rewards.reward), torch.cat(rewards.shaped)
     stds = torch.stack([r.std() if len(r) > 1 else torch.zeros(()) for r in rewards.shaped])
+    pairs = [(ids, e.answer_ids) for e, group in zip(examples, traces.trace_ids, strict=True) for ids in group]
     return {
         "reward": float(raw.mean()),
         "reward_std": float(stds.mean()),
@@ -44,17 +46,9 @@ def rollout_metrics(
         "nrt/frac_no_signal": 1.0 - mean(rewards.signal),
         "nrt/frac_clipped": float((shaped == 0).float().mean()) if objective.reward_clip != "none" else 0.0,
         "nrt/delimiter_rate": mean(ends),
-        "nrt/repetition": mean([repetition(ids) for group in traces.trace_ids for ids in group]),
-        "nrt/answer_copied": mean(
-            [
-                overlap(ids, e.answer_ids, len(e.answer_ids) - 1) if len(e.answer_ids) > LONG_ANSWER else 0.0
-                for e, group in zip(examples, traces.trace_ids, strict=True)
-                for ids in group
-            ]
-        ),
-        "nrt/answer_overlap": mean(
-            [overlap(ids, e.answer_ids) for e, group in zip(examples, traces.trace_ids, strict=True) for ids in group]
-        ),
+        "nrt/repetition": mean(distributed.each(lambda pair: repetition(pair[0]), pairs)),
+        "nrt/answer_copied": mean(distributed.each(lambda pair: _copied(*pair), pairs)),
+        "nrt/answer_overlap": mean(distributed.each(lambda pair: overlap(*pair), pairs)),
     }
 
 
@@ -146,6 +140,11 @@ def overlap(trace_ids: list[int], answer_ids: list[int], n: int = OVERLAP_NGRAM)
     said = {tuple(trace_ids[i : i + n]) for i in range(len(trace_ids) - n + 1)}
     grams = [tuple(answer_ids[i : i + n]) for i in range(len(answer_ids) - n + 1)]
     return mean([gram in said for gram in grams]) if n else 0.0
+
+
+def _copied(trace_ids: list[int], answer_ids: list[int]) -> float:
+    """1 where the trace holds all of a long answer."""
+    return overlap(trace_ids, answer_ids, len(answer_ids) - 1) if len(answer_ids) > LONG_ANSWER else 0.0
 
 
 def repetition(trace_ids: list[int], n: int = REPETITION_NGRAM) -> float:

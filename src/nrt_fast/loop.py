@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import nrt_fast
-from nrt_fast import checkpoint
+from nrt_fast import checkpoint, distributed
 from nrt_fast.completions import read_completions, write_completions
 from nrt_fast.config import TrainConfig
 from nrt_fast.diagnostics import count_tokens, engine_metrics, over_minibatches, rollout_metrics, train_metrics
@@ -34,6 +34,7 @@ from nrt_fast.report import Report
 from nrt_fast.resolve import NUM_PROGRESS
 from nrt_fast.rewards import Rewards, aggregate, reward
 from nrt_fast.run import Run, prepare
+from nrt_fast.shares import deal, gather_rows, gather_thoughts
 from nrt_fast.signals import stop_requested
 from nrt_fast.train_step import train_step
 from nrt_fast.types import Example, Sample, Scores, Traces, UserError
@@ -75,21 +76,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
     alarms that stopped it.
 
     A run that was stopped goes on from its newest complete checkpoint, and then equals one that never stopped.
+    Processes that have ``distributed.joined`` make one run together; the first of them writes and reports.
 
     Raises:
         UserError: bad input, told in one line; what was written before is valid.
     """
-    run = prepare(config, say=print)
+    run = prepare(config, say=distributed.say)
     output_dir, num_steps = run.output_dir, run.config.max_steps
-    resumed = checkpoint.to_resume(output_dir, run.config.resume_from_checkpoint)
-    checkpoint.claim_folder(output_dir, run.identity)
+    resumed = distributed.on_first(checkpoint.to_resume, output_dir, run.config.resume_from_checkpoint)
+    distributed.on_first(checkpoint.claim_folder, output_dir, run.identity)
     progress = Progress() if resumed is None else Progress(**run.restore(resumed)["progress"])
-    if progress.step >= num_steps and (summary := _summary_of(output_dir, progress.step)):
-        print(f"{output_dir} is finished ({progress.step} steps); see {output_dir / 'summary.json'}")
-        _share(run.config)
+    if progress.step >= num_steps and (summary := distributed.on_first(_summary_of, output_dir, progress.step)):
+        distributed.say(f"{output_dir} is finished ({progress.step} steps); see {output_dir / 'summary.json'}")
+        distributed.on_first(_share, run.config)
         return summary
     with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
-        metrics = MetricsFile(output_dir / "metrics.jsonl", progress.step)
+        metrics = MetricsFile(output_dir / "metrics.jsonl", progress.step, distributed.is_first())
     health = Health(run.config.dtype, metrics.rows)
     with Report(run.config, metrics.last_seen) as report, stop_requested() as stop:
         report.start(run, progress.step)
@@ -110,7 +112,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             for change in changes:
                 report.say(str(change))
             stopped_on = [change.name for change in changes if change.raised and change.name in run.config.stop_alarms]
-            stopping = bool(stop or stopped_on)  # read once: what stops here is saved here
+            stopping = distributed.any_of(stop or stopped_on)  # read once: what stops here is saved here
             if stopping or progress.step % run.config.save_steps == 0 or progress.step == num_steps:
                 _save(run, progress)
         if progress.step < num_steps:
@@ -118,15 +120,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
             return {"steps": progress.step, "stopped_on": stopped_on}
         report.say("measuring them again")
         means, after = evaluate(run, num_samples=NUM_SAMPLES)
-        summary = _finish(run, progress, means, after, health)
+        summary = distributed.on_first(_finish, run, progress, means, after, health)
         report.finish(summary, [Sample(**sample) for sample in progress.samples], after)
-    _share(run.config)
+    distributed.on_first(_share, run.config)
     return summary
 
 
 def dry_run(config: TrainConfig) -> None:
     """Do everything up to one whole step, in memory; write nothing."""
-    run = prepare(replace(config, report_to="none", eval_steps=0), say=print)
+    run = prepare(replace(config, report_to="none", eval_steps=0), say=distributed.say)
     with Report(run.config) as report:
         report.start(run)
         report.step(step(run, Progress(step=1)))
@@ -135,6 +137,8 @@ def dry_run(config: TrainConfig) -> None:
 def _told_with_step(run: Run, progress: Progress) -> dict[str, float]:
     try:
         return step(run, progress)
+    except distributed.RankError:
+        raise
     except UserError as error:
         raise UserError(f"step {progress.step}: {error}") from error
 
@@ -151,7 +155,8 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
     row = {}
     if config.num_generations:
         row = rollout_metrics(examples, thoughts.traces, scores, rewards, run.objective)
-        row |= engine_metrics({name: total - before[name] for name, total in asdict(run.engine.counters).items()})
+        counted = {name: total - before[name] for name, total in asdict(run.engine.counters).items()}
+        row |= engine_metrics(distributed.total(counted, "the engine's counts"))
     with timer("train"):
         lr = learning_rate(
             progress.step, config.max_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_steps
@@ -163,13 +168,15 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
     if config.eval_steps and progress.step % config.eval_steps == 0:
         held_out, _ = evaluate(run, NUM_PROGRESS)
         row |= {f"eval/{name}": value for name, value in held_out.items()}
-        write_completions(run.output_dir, progress.step, examples, thoughts.traces, scores, rewards, run.tokenizer)
+        sampled = examples, thoughts.traces, scores, rewards
+        distributed.on_first(write_completions, run.output_dir, progress.step, *sampled, run.tokenizer)
     return {
         "step": progress.step,
         "epoch": run.order.epoch,
         "learning_rate": lr,
         "num_tokens": progress.num_tokens,
         **row,
+        **distributed.take_measured(),
         "step_time": time.perf_counter() - started,
         **{f"perf/{phase}_s": value for phase, value in seconds.items()},
         "perf/tokens_per_second": tokens["train"] / sum(seconds.values()),
@@ -181,18 +188,23 @@ def think(
     answer_greedily: bool = False,
 ) -> Thoughts:  # fmt: skip
     """Rollout and scoring of some examples. Without generations (sft) the empty trace stands as the only one."""
+    dealt = deal(examples, run.engine)
+    mine = [examples[position] for position in dealt[distributed.rank()]]
     thoughts = run.engine.think(
-        [example.prompt_ids for example in examples],
-        [example.answer_ids for example in examples],
-        [example.uid for example in examples],
+        [example.prompt_ids for example in mine],
+        [example.answer_ids for example in mine],
+        [example.uid for example in mine],
         num_generations=num_generations,
         max_trace_length=run.config.max_trace_length,
         temperature=temperature,
         seed=run.config.seed,
         step=step,
         answer_greedily=answer_greedily,
+        max_answer_length=max(len(example.answer_ids) for example in examples),
         timed=timer,
     )
+    with timer("score"):
+        thoughts = gather_thoughts(thoughts, examples, dealt, num_generations, run.engine)
     if num_generations:
         return thoughts
     empty = Traces([[[]]] * len(examples), [[[]]] * len(examples), [[None]] * len(examples))
@@ -259,8 +271,11 @@ def _with_baseline(run: Run, examples: list[Example], scores: Scores) -> Scores:
 
 
 def _baseline(run: Run, model, examples: list[Example]) -> list[Tensor]:
-    prompts, answers = [e.prompt_ids for e in examples], [e.answer_ids for e in examples]
-    return run.engine.on(model).score(prompts, [[] for _ in prompts], answers).baseline_logprobs
+    dealt = deal(examples, run.engine)
+    mine = [examples[position] for position in dealt[distributed.rank()]]
+    prompts, answers = [e.prompt_ids for e in mine], [e.answer_ids for e in mine]
+    log_b = run.engine.on(model).score(prompts, [[] for _ in prompts], answers).baseline_logprobs
+    return gather_rows(log_b, dealt)
 
 
 def _measure_noise(run: Run) -> float:
@@ -272,7 +287,8 @@ def _measure_noise(run: Run) -> float:
         kind, scale = run.objective.reward, run.objective.reward_scale
         return aggregate(scores.logprobs, scores.baseline_logprobs, kind, scale)[0]
 
-    return noise_floor(run.engine, [e.prompt_ids for e in examples], [e.answer_ids for e in examples], own_reward)
+    prompts, answers = [e.prompt_ids for e in examples], [e.answer_ids for e in examples]
+    return distributed.on_first(noise_floor, run.engine, prompts, answers, own_reward)
 
 
 def _save(run: Run, progress: Progress) -> None:
@@ -283,9 +299,8 @@ def _save(run: Run, progress: Progress) -> None:
         "config": asdict(run.config),
         "given": run.given,
     }
-    checkpoint.save(
-        run.output_dir, progress.step, run.save_model, run.state_tensors(), state, run.config.save_total_limit
-    )
+    tensors, own = run.state_tensors(), run.optimizer.state()
+    checkpoint.save(run.output_dir, progress.step, run.save_model, tensors, own, state, run.config.save_total_limit)
 
 
 def _summary_of(output_dir: Path, step: int) -> dict[str, Any] | None:

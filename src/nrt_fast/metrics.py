@@ -37,18 +37,20 @@ class MetricsFile:
     Args:
         path: the file, made if absent.
         last_step: lines of later steps, written after the checkpoint that a run resumes from, are cut off.
+        is_writer: whether this process writes; of several that read, one does.
 
     Attributes:
         rows: the lines that were kept.
         last_seen: the last step that any line had, or 0; a step up to it was written, and told, before.
     """
 
-    def __init__(self, path: Path, last_step: int):
+    def __init__(self, path: Path, last_step: int, is_writer: bool = True):
         lines = [(line, json.loads(line)) for line in _complete_lines(path)]
         self.rows = [row for _, row in lines if row["step"] <= last_step]
         self.last_seen = max((row["step"] for _, row in lines), default=0)
-        replace_file(path, "".join(line for line, row in lines if row["step"] <= last_step))
-        self._file = path.open("a", encoding="utf-8")
+        if is_writer:
+            replace_file(path, "".join(line for line, row in lines if row["step"] <= last_step))
+        self._file = (path if is_writer else Path(os.devnull)).open("a", encoding="utf-8")
 
     def write(self, row: dict[str, float | int | str]) -> None:
         """Append one line and hand it to the operating system."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from nrt_fast import ops
+from nrt_fast import distributed, ops
 from nrt_fast.arena import Arena
 from nrt_fast.reference.adamw import BLOCK
 from nrt_fast.types import UserError
@@ -18,7 +18,8 @@ class AdamW:
     """Decoupled-weight-decay Adam (arXiv 1711.05101) with an exact fp32 master of bf16 weights.
 
     Parameters are views of one flat tensor that never moves. Gradients are summed in fp32 as backward passes produce
-    them, whatever the weights' dtype.
+    them, whatever the weights' dtype. Of several ranks each has all weights and gradients, and updates its own slice:
+    moments and remainders are of that slice alone (ZeRO stage 1, arXiv 1910.02054).
 
     Args:
         flat: [n] fp32 or bf16 weights.
@@ -34,18 +35,20 @@ class AdamW:
         weight_decay: float, moments: torch.dtype = torch.float32, arena: Arena | None = None,
     ):  # fmt: skip
         self.flat, self.num_decayed = flat, num_decayed
+        self.own = distributed.own_slice(flat.numel(), BLOCK)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.num_steps = 0
         self._arena = arena
         self.grad = arena.view(flat.numel(), torch.float32) if arena else torch.zeros_like(flat, dtype=torch.float32)
-        self.first = torch.zeros_like(flat, dtype=moments)
-        self.second = torch.zeros_like(flat, dtype=torch.uint8 if moments == torch.int8 else moments)
+        own = flat[self.own]
+        self.first = torch.zeros_like(own, dtype=moments)
+        self.second = torch.zeros_like(own, dtype=torch.uint8 if moments == torch.int8 else moments)
         self.first_absmax = self.second_absmax = self.remainder = None
         if moments == torch.int8:
-            num_blocks = -(-flat.numel() // BLOCK)
+            num_blocks = -(-own.numel() // BLOCK)
             self.first_absmax, self.second_absmax = (flat.new_zeros(num_blocks, dtype=torch.float32) for _ in range(2))
         if flat.dtype == torch.bfloat16:
-            self.remainder = torch.zeros_like(flat, dtype=torch.int16)
+            self.remainder = torch.zeros_like(own, dtype=torch.int16)
         for leaf in leaves:
             leaf.register_post_accumulate_grad_hook(self._accumulate)
 
@@ -71,25 +74,37 @@ class AdamW:
         """Clip, update, clear the gradients. Returns the gradient norm before clipping; not finite: nothing changes."""
         if self._arena:
             self._arena.check("gradients")
-        norm = ops.grad_norm(self.grad)
+        distributed.reduce_scatter(self.grad, BLOCK)
+        weights, grad = self.flat[self.own], self.grad[self.own]
+        norm = distributed.norm(ops.grad_norm(grad))
         # On the device, where the norm is: what waits for it is this function's result, not the update.
         grad_scale = (max_grad_norm / (norm + 1e-6)).clamp_(max=1.0).where(norm.isfinite(), math.nan).view(1)
         ops.adamw(
-            self.flat, self.remainder, self.grad, self.first, self.second, lr, self.betas, self.eps, self.weight_decay,
-            self.num_decayed, self.num_steps + 1, grad_scale, self.first_absmax, self.second_absmax,
+            weights, self.remainder, grad, self.first, self.second, lr, self.betas, self.eps, self.weight_decay,
+            max(0, self.num_decayed - self.own.start), self.num_steps + 1, grad_scale, self.first_absmax,
+            self.second_absmax,
         )  # fmt: skip
+        distributed.all_gather(self.flat, BLOCK)
+        self.grad[: self.own.start].zero_()
+        self.grad[self.own.stop :].zero_()
         norm = float(norm)
         self.num_steps += math.isfinite(norm)
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs beside the weights; tensors are the live ones."""
+        """What a checkpoint needs beside the weights, of the own slice; tensors are the live ones."""
         names = ("first", "second", "first_absmax", "second_absmax", "remainder")
         tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return tensors | {"num_steps": torch.tensor([self.num_steps])}
 
+    def ranges(self) -> dict[str, slice]:
+        """What ``state`` holds of the tensors of all ranks together."""
+        blocks = slice(self.own.start // BLOCK, -(-self.own.stop // BLOCK))
+        own = {name: blocks if name.endswith("absmax") else self.own for name in self.state()}
+        return own | {"num_steps": slice(0, 1)}
+
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over a checkpoint's state.
+        """Take over a checkpoint's state, the own slice of it.
 
         Raises:
             UserError: its moments are of another dtype.

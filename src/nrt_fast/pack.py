@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nrt_fast import ops
+from nrt_fast import distributed, ops
 from nrt_fast.config import Objective
 from nrt_fast.types import ANSWER, FORMAT, TRACE, BatchTokens, Example, LossTokens, PackedBatch, Traces
 
@@ -94,12 +94,13 @@ def _cumulative(lens: Tensor) -> Tensor:
 
 
 def pack(tokens: LossTokens, max_tokens: int, device: torch.device) -> list[PackedBatch]:
-    """Fill micro-batches of at most ``max_tokens`` tokens with whole groups, best fit first.
+    """Fill micro-batches of at most ``max_tokens`` tokens with whole groups, best fit first: this rank's share of them.
 
     The loss reads the counted tokens of a batch alone, and traces without one are left out. A group over the budget is
     split, its prompt repeated; a single trace over the budget raises it to the trace's own size.
     """
     entries_M3 = _entries(tokens, max_tokens)
+    entries_M3 = entries_M3[distributed.share(_cost(tokens, entries_M3).tolist())]
     if len(entries_M3) == 0:
         return []
     cost_M = _cost(tokens, entries_M3)

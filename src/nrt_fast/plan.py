@@ -46,6 +46,7 @@ class Sizes:
         recompute: what the backward pass computes again: none, selective, full; None: what the memory asks for.
         moments: dtype of the optimizer's: float32, bfloat16, int8; None: what the memory asks for.
         adapter: parameters of the adapter that is trained; 0: all weights are.
+        num_ranks: processes that share the optimizer's state, each with a device of its own.
     """
 
     prompt: int
@@ -58,6 +59,7 @@ class Sizes:
     recompute: str | None = None
     moments: str | None = None
     adapter: int = 0
+    num_ranks: int = 1
 
 
 class Part(NamedTuple):
@@ -169,11 +171,13 @@ def _plan_training(
 ) -> MemoryPlan:
     item, parameters = DTYPE_BYTES[dtype], sizes.adapter or num_parameters(shape)
     remainders = "" if dtype == "float32" else ", 16-bit remainders of fp32 weights"
+    own = -(-parameters // sizes.num_ranks)
+    ranks = f"; one of {sizes.num_ranks:,} slices" if sizes.num_ranks > 1 else ""
     static = [
         *_weights(shape, dtype, device),
         *_adapter(dtype, sizes),
         Part("gradients", 4 * parameters, "summed in fp32; lent to keys and values while traces are sampled"),
-        Part("optimizer", optimizer_bytes(parameters, dtype, sizes.moments), MOMENTS[sizes.moments] + remainders),
+        Part("optimizer", optimizer_bytes(own, dtype, sizes.moments), MOMENTS[sizes.moments] + remainders + ranks),
     ]
     copies = (item * sizes.num_copies + 4 * sizes.num_fp32_copies) * parameters
     if copies and device == "cpu" and not sizes.adapter:
@@ -185,7 +189,9 @@ def _plan_training(
     plan = MemoryPlan(device, device_bytes, tuple(static), 0, cache_token_bytes(shape, dtype), sizes, lent)
     left = device_bytes - _sum(static)
     if left <= 0:
-        raise UserError(f"{_short(plan)}; a smaller model, a device with more memory or another dtype is needed")
+        ranks = "; each rank has all weights and gradients, more ranks share the optimizer alone"
+        hint = "a smaller model, a device with more memory or another dtype is needed"
+        raise UserError(f"{_short(plan)}; {hint}{ranks if sizes.num_ranks > 1 else ''}")
     room = min(left, (left + lent) // 2)  # keys and values have as much, or what is lent
     longest = sizes.prompt + sizes.trace + sizes.answer
     batch_tokens = max(sizes.batch_tokens, longest)  # one trace is never split

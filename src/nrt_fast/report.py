@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from nrt_fast import distributed
 from nrt_fast.config import TrainConfig
 from nrt_fast.data import show_example
 from nrt_fast.health import ALARMS
@@ -37,7 +39,7 @@ NUM_SHOWN = 3
 
 
 class Report:
-    """Console and trackers of one run; a context manager.
+    """Console and trackers of one run; a context manager. Of several ranks the first has them, the others say nothing.
 
     Args:
         config: resolved.
@@ -47,8 +49,9 @@ class Report:
 
     def __init__(self, config: TrainConfig, told_steps: int = 0):
         self.config, self.told_steps = config, told_steps
-        self.console = Console(highlight=False)
-        self.trackers = Trackers(config, self.say)
+        self.console = Console(highlight=False, quiet=not distributed.is_first())
+        told = config if distributed.is_first() else replace(config, report_to="none")
+        self.trackers = Trackers(told, self.say)
         self.history: dict[str, list[float]] = {label: [] for label in COLUMNS}
         self.started, self.done = time.perf_counter(), 0
         self.bar = Progress(BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nrt_fast import checkpoint
+from nrt_fast import checkpoint, distributed
 from nrt_fast.arena import Arena
+from nrt_fast.communication import Communication
 from nrt_fast.config import EstimateConfig, Objective, TrainConfig
 from nrt_fast.data import Data, Delimiter, Limits, Order, load_data
 from nrt_fast.engine import Engine
@@ -21,7 +23,7 @@ from nrt_fast.model.config import ModelConfig
 from nrt_fast.model.lora import Lora
 from nrt_fast.model.peft_folder import check_peft
 from nrt_fast.optim import AdamW
-from nrt_fast.plan import GIB, MemoryPlan, Sizes, plan_training
+from nrt_fast.plan import GIB, MemoryPlan, Sizes, num_parameters, plan_training
 from nrt_fast.resolve import Scale, resolve_lengths, resolve_output_dir, resolve_steps
 from nrt_fast.source import (
     choose_device,
@@ -40,8 +42,8 @@ EMA_DECAY = 0.999
 # Fields that may change when a run goes on: they do not decide what its steps compute.
 FREE_FIELDS = {
     "output_dir", "max_steps", "num_train_epochs", "max_tokens_per_batch", "recompute", "save_steps",
-    "save_total_limit", "logging_steps", "stop_on", "report_to", "resume_from_checkpoint", "push_to_hub",
-    "hub_model_id", "hub_private_repo",
+    "save_total_limit", "logging_steps", "stop_on", "report_to", "resume_from_checkpoint", "num_processes",
+    "ddp_timeout", "push_to_hub", "hub_model_id", "hub_private_repo",
 }  # fmt: skip
 
 
@@ -125,9 +127,8 @@ class Run:
         return self.frozen.trained.flat
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds beside the model, by file name."""
-        files = {"optimizer": self.optimizer.state()}
-        initial = self._initial
+        """What a checkpoint holds beside the model and the optimizer's state, by file name."""
+        files, initial = {}, self._initial
         if self.ema is not None:
             files["ema"] = {"flat": self.ema.flat}
         if initial is not None:
@@ -140,18 +141,19 @@ class Run:
             files["frozen_logprobs"] = {str(uid): log_b for uid, log_b in self.frozen_logprobs.items()}
         return files
 
-    def restore(self, folder: Path) -> dict[str, Any]:
-        """Take over a checkpoint; returns its state.
+    def restore(self, folder: Path | str) -> dict[str, Any]:
+        """Take over a checkpoint, whatever the number of ranks that wrote it; returns its state.
 
         Raises:
             UserError: it is of another model or objective.
         """
+        folder = Path(folder)
         state, tensors = checkpoint.load(folder)
         missing = self.state_tensors().keys() - tensors.keys()
         if missing:
             raise UserError(f"checkpoint {folder} has no {min(missing)}.safetensors: it is of another objective")
         self.model.load(folder)
-        self.optimizer.load_state(tensors["optimizer"])
+        self.optimizer.load_state(checkpoint.load_slices(folder, self.optimizer.ranges()))
         if self.ema is not None:
             self.ema.load(tensors["ema"]["flat"])
         if self._initial is not None:
@@ -176,7 +178,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
     config.check()
     given = config.given
     find_trackers(config)
-    check_account(config)
+    distributed.on_first(check_account, config)
     if config.use_peft:
         check_peft()
     objective = config.resolved_objective()
@@ -190,7 +192,8 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
     )
     num_heldout = scale.heldout if config.num_eval_prompts is None else config.num_eval_prompts
     data = load_data(config, source.tokenizer, limits, num_heldout)
-    plan = plan_run(config, scale, source.shape, source.dtype, source.device, device_memory(source.device))
+    device_bytes, num_ranks = memory_of_each(source.device), distributed.size()
+    plan = plan_run(config, scale, source.shape, source.dtype, source.device, device_bytes, num_ranks)
     say(str(plan))
     config = resolve_steps(config, scale, len(data.train))
     config = replace(
@@ -202,6 +205,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
         adam_moments_dtype=plan.sizes.moments,
         dtype=source.dtype_name,
         device=str(source.device),
+        num_processes=distributed.size(),
         output_dir=resolve_output_dir(config),
     )
     cache_bytes = plan.cache_bytes if cache_bytes is None else cache_bytes
@@ -223,6 +227,12 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
         frozen=_frozen(model, is_new) if objective.baseline == "frozen" or objective.beta else None,
         ema=WeightAverage(model) if objective.baseline == "ema" else None,
     )
+
+
+def memory_of_each(device: torch.device) -> int:
+    """Bytes of a device that a rank may plan with: those of a CPU are the ranks' of its host together."""
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    return distributed.least(device_memory(device) // shared)
 
 
 def resolve_lora(config: TrainConfig, found: Lora | None) -> TrainConfig:
@@ -262,9 +272,10 @@ def _frozen(model: Model, is_new: bool) -> Model:
 
 
 def plan_run(
-    config: TrainConfig, scale: Scale, shape: ModelConfig, dtype: torch.dtype, device: torch.device, device_bytes: int
-) -> MemoryPlan:
-    """The memory of a run whose lengths are resolved; UserError where it cannot fit."""
+    config: TrainConfig, scale: Scale, shape: ModelConfig, dtype: torch.dtype, device: torch.device, device_bytes: int,
+    num_ranks: int = 1,
+) -> MemoryPlan:  # fmt: skip
+    """The memory of a run whose lengths are resolved, on each of its ranks; UserError where it cannot fit."""
     objective, lora = config.resolved_objective(), lora_of(config)
     ema, frozen = objective.baseline == "ema", objective.baseline == "frozen" or bool(objective.beta)
     sizes = Sizes(
@@ -278,6 +289,7 @@ def plan_run(
         recompute=config.recompute,
         moments=config.adam_moments_dtype,
         adapter=0 if lora is None else lora.num_parameters(shape),
+        num_ranks=num_ranks,
     )
     if device.type == "cpu" and sizes.moments not in (None, "float32"):
         raise UserError(f"adam_moments_dtype {sizes.moments} is for CUDA; on a CPU the moments are fp32")
@@ -286,8 +298,8 @@ def plan_run(
 
 
 def estimate(config: EstimateConfig) -> MemoryPlan:
-    """Print the memory of a run and the tokens of a step, from the model's configuration alone; a device whose memory
-    is told need not be here.
+    """Print the memory of a run and the tokens of a step, from the model's configuration alone, and what several ranks
+    say to one another. A device whose memory is told need not be here.
 
     Raises:
         UserError: bad input, or a run that cannot fit.
@@ -299,9 +311,16 @@ def estimate(config: EstimateConfig) -> MemoryPlan:
     scale, shape = choose_scale(config, device), read_shape(config.model_name_or_path)
     config = resolve_lengths(config, scale, shape.max_position_embeddings)
     device_bytes = device_memory(device) if told is None else int(told * GIB)
-    plan = plan_run(config, scale, shape, choose_dtype(config.dtype, device), device, device_bytes)
+    dtype = choose_dtype(config.dtype, device)
+    plan = plan_run(config, scale, shape, dtype, device, device_bytes, config.num_ranks)
     print(plan)
     print(_step_tokens(config, scale))
+    if config.num_ranks > 1:
+        num_prompts = config.prompts_per_step or scale.prompts_per_step
+        num_updates = -(-num_prompts // (config.prompts_per_minibatch or num_prompts))
+        parameters, name = plan.sizes.adapter or num_parameters(shape), str(dtype).removeprefix("torch.")
+        bandwidth = config.bus_bandwidth_gb_s
+        print(Communication(config.num_ranks, name, parameters, num_updates, num_prompts, plan.sizes, bandwidth))
     return plan
 
 

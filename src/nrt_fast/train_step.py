@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nrt_fast import ops
+from nrt_fast import distributed, ops
 from nrt_fast.config import Objective
 from nrt_fast.model import Model
 from nrt_fast.optim import AdamW
@@ -50,7 +50,8 @@ def train_step(
 
     Args:
         tokens: the step's loss tokens; the loss is their weighted sum over ``tokens.normalizer``.
-        batches: packed from ``tokens``, in any cut: the result is the same up to rounding.
+        batches: packed from ``tokens``, in any cut: the result is the same up to rounding. Of several ranks each has
+            its share of them; what is returned is of all.
         on_policy: the first optimiser step since sampling when it is also the only one; the ratio is 1 by definition.
         reference: initial weights for the KL term, or None without one.
         recompute: what the backward pass computes again (none, selective, full), with the same result.
@@ -74,9 +75,11 @@ def train_step(
         terms.append({"total": loss} | {name: scale * term for name, term in measured.items()})
     # Nothing is read before this point, so that the host can run ahead of a GPU.
     sums = {name: sum(float(part.get(name, 0.0)) for part in terms) for name in TERMS}
-    logprobs_A, entropy_A = torch.full((2, len(tokens.targets_A)), math.nan)
-    for batch, (logprob_B, entropy_B) in zip(batches, parts, strict=True):
-        logprobs_A[batch.rows_A], entropy_A[batch.rows_A] = logprob_B.cpu(), entropy_B.cpu()
+    sums = distributed.total(sums, "the loss")
+    measured_2A = torch.full((2, len(tokens.targets_A)), math.nan)
+    for batch, part_2B in zip(batches, parts, strict=True):
+        measured_2A[:, batch.rows_A] = part_2B.cpu()
+    logprobs_A, entropy_A = distributed.union(measured_2A, "the trainer's log-probabilities")
     _check_finite("loss", sums["total"])
     grad_norm = optimizer.step(lr, max_grad_norm)
     _check_finite("gradient norm", grad_norm)
