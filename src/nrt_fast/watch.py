@@ -34,15 +34,17 @@ class Watch:
         self._count = 0
         self._over = threading.Event()
         self._sign()
-        threading.Thread(target=self._go_on, daemon=True, name="watch").start()
+        self._thread = threading.Thread(target=self._go_on, daemon=True, name="watch")
+        self._thread.start()
 
     def enter(self, doing: str) -> None:
         """Say what this rank now waits for together with all others."""
         self.place, self.doing = self.place + 1, doing
 
     def stop(self) -> None:
-        """Give no more signs."""
+        """Give no more signs. A thread that Python's end finds inside the store would abort the process."""
         self._over.set()
+        self._thread.join(SILENCE_S / 10)
 
     def fail(self, reason: str) -> None:
         """Tell all ranks why the job ends; the first to say so is heard."""
