@@ -11,7 +11,10 @@ from nrt_fast import arguments, cli, loop
 from nrt_fast.starter import MODEL_DIR
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-TESTED = {"custom_data.py", "custom_reward.py", "lora_24gb.yaml", "mistral.yaml", "resume.py"}
+TESTED = {
+    "custom_data.py", "custom_reward.py", "lora_24gb.yaml", "mistral.yaml", "multi_gpu.yaml", "resume.py",
+    "trl_reward.py",
+}  # fmt: skip
 SMALL = {"max_trace_length": 16, "num_eval_prompts": 16, "prompts_per_step": 4, "warmup_steps": 0}
 
 
@@ -46,6 +49,20 @@ def test_resume_makes_the_same_weights(tiny_run, tmp_path, capsys):
     fields = {name: value for name, value in tiny_run("").given.items() if name not in ("output_dir", "max_steps")}
     assert main_of("resume.py")(tmp_path, num_steps=2, **fields)
     assert "the weights are the same" in capsys.readouterr().out
+
+
+def test_trl_reward_rises(tmp_path):
+    pytest.importorskip("trl", reason="trl is not installed; pip install nrt-fast[trl] has it")
+    rewards = main_of("trl_reward.py")(str(tmp_path), num_steps=6)
+    assert len(rewards) == 6
+    assert sum(rewards[3:]) > sum(rewards[:3])
+
+
+def test_eight_gpus_hold_what_one_does_not(llama_folder):
+    argv = ["--config", str(EXAMPLES / "multi_gpu.yaml"), "--model_name_or_path", str(llama_folder("3b"))]
+    assert config_of("multi_gpu.yaml").num_processes == 8
+    assert cli.main(["estimate", *argv, "--device_memory_gib", "36"]) == 0
+    assert cli.main(["estimate", *argv, "--device_memory_gib", "36", "--gpus", "1"]) == 2
 
 
 def test_mistral(make_module, tiny_run, tmp_path):
