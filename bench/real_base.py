@@ -13,13 +13,11 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.optim.lr_scheduler import LambdaLR
 
 from nrt_fast.data import Pair, load_tokenizer, render
 from nrt_fast.starter import recipe
@@ -170,18 +168,11 @@ def build(rows: list[Row], folder: Path, num_steps: int, seed: int, say: Callabl
     model = recipe.build_model(tokenizer.get_vocab_size(), WIDTH)
     recipe.save(model, tokenizer, folder)  # the documents are rendered with the tokenizer as it will be loaded
     model.float()
-    optimizers = recipe.build_optimizers(model)
-    factor = partial(recipe.learning_rate_factor, num_steps=num_steps)
-    schedulers = [LambdaLR(optimizer, factor) for optimizer in optimizers]
+    documents = batches(rows, load_tokenizer(str(folder)), num_steps, seed)
+    learnt = ((ids_RT, positions_RT, ids_RT) for ids_RT, positions_RT in documents)  # every token of them
     losses = []
-    for step, (ids_RT, positions_RT) in enumerate(batches(rows, load_tokenizer(str(folder)), num_steps, seed), 1):
-        loss = model(input_ids=ids_RT, position_ids=positions_RT, use_cache=False, labels=ids_RT).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in optimizers + schedulers:
-            stepper.step()
-        model.zero_grad()
-        losses.append(loss.item())
+    for step, loss in enumerate(recipe.fit(model, learnt, num_steps), 1):
+        losses.append(loss)
         if step % 50 == 0:
             say(f"base, step {step} of {num_steps}: {sum(losses[-50:]) / 50:.3f} nats a token")
     recipe.save(model, tokenizer, folder)

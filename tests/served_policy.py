@@ -6,7 +6,8 @@ from pathlib import Path
 
 import nrt_fast
 from nrt_fast import Engine, Model, rewards
-from nrt_fast.adapters.prompt_logprobs import encode_answer, split_at_delimiter
+from nrt_fast.adapters.completions import split_at_delimiter
+from nrt_fast.adapters.prompt_logprobs import encode_answer
 from nrt_fast.config import Objective
 from nrt_fast.data import load_tokenizer
 from nrt_fast.types import Traces

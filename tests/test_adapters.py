@@ -11,13 +11,13 @@ import torch
 from served_policy import DELIMITER_ID, ServedPolicy
 
 from nrt_fast import rewards
+from nrt_fast.adapters.completions import split_at_delimiter
 from nrt_fast.adapters.prompt_logprobs import (
     _in_flight,
     delimiter_id,
     encode_answer,
     in_flight,
     score_trace,
-    split_at_delimiter,
     trace_objective,
 )
 from nrt_fast.config import Reward

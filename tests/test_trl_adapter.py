@@ -8,8 +8,8 @@ import peft
 import pytest
 import torch
 from rewards_oracle import reference_group, reference_shaped
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl_stand_in import DELIMITER, EOS, TrainerStandIn, naive_logprobs, word_tokenizer
 
 from nrt_fast import UserError
 from nrt_fast.adapters.trl import LossMixin, NRTReward, RolloutMixin, nrt_reward
@@ -20,7 +20,6 @@ from nrt_fast.pack import pack
 from nrt_fast.starter import MODEL_DIR, tasks
 from nrt_fast.train_step import train_step
 
-EOS, DELIMITER = 2, 3
 ANSWERS = ["w9 w11 w4", "w30"]
 PROMPTS = ["w5 w9 w11 w20 w7", "w13"]
 COMPLETIONS = [
@@ -30,32 +29,8 @@ COMPLETIONS = [
 MAX_ERROR = 1e-5
 
 
-def word_tokenizer(*names):
-    """The words w0 to w66, of which the named take the places of w3, w4, ..."""
-    words = [f"w{index}" for index in range(67)]
-    words[1], words[EOS], words[3 : 3 + len(names)] = "<unk>", "<eos>", names
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>", pad_token="w0")
-
-
-class StandIn:
-    """What the adapter asks of a GRPOTrainer of TRL 1.0 or later."""
-
-    def __init__(self, module, tokenizer=None, global_step=0):
-        self.model, self.processing_class = module, tokenizer or word_tokenizer("</think>")
-        self.accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
-        self.state = types.SimpleNamespace(global_step=global_step)
-        self.metrics, self.columns = {}, {}
-
-    def _tokenize_prompts(self, prompts):
-        return self.processing_class(prompts, add_special_tokens=False)["input_ids"], None, {}
-
-    def _log_metric(self, name, value):
-        self.metrics[name] = value
-
-    def _log_completion_extra(self, column, values):
-        self.columns[column] = values
+class StandIn(TrainerStandIn):
+    """The stand-in, with prompts and completions."""
 
     def call(self, reward, **columns):
         """TRL's call of a reward function, a row for each completion."""
@@ -67,15 +42,6 @@ class StandIn:
             completion_ids=ids, trainer_state=self.state, log_extra=self._log_completion_extra,
             log_metric=self._log_metric, **columns,
         )  # fmt: skip
-
-
-@torch.no_grad()
-def naive_logprobs(module, context, answer):
-    """One forward of everything, log_softmax, gather: of each answer token."""
-    was_training = module.training
-    logits = module.eval()(torch.tensor([context + answer]), use_cache=False).logits[0, len(context) - 1 : -1]
-    module.train(was_training)
-    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
 
 
 def naive_rewards(module, prompt, completions, answer, objective, delimiter=DELIMITER, baseline_module=None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,10 +48,7 @@ def check_config(config: TrainConfig) -> None:
     objective = config.resolved_objective()
     for problem in _contradictions(config, objective):
         raise UserError(problem)
-    for names, idle, reason in _idle_fields(config, objective):
-        given = [name for name in names.split() if getattr(config, name) is not None]
-        if idle and given:
-            raise UserError(f"{given[0]} cannot take effect: {reason}")
+    _refuse_idle(config, _idle_fields(config, objective))
 
 
 def check_score(config: ScoreConfig) -> None:
@@ -97,9 +94,7 @@ def check_export(config: ExportConfig) -> None:
     for name in ("model_name_or_path", "output_dir"):
         if getattr(config, name) is None:
             raise UserError(f"{name} is needed: nrt-fast export --model_name_or_path runs/demo/final --output_dir NEW")
-    for name in ("hub_model_id", "hub_private_repo"):
-        if getattr(config, name) is not None and not config.push_to_hub:
-            raise UserError(f"{name} cannot take effect: push_to_hub is false")
+    _refuse_idle(config, [_idle_hub(config)])
 
 
 def check_report(config: ReportConfig) -> None:
@@ -164,6 +159,18 @@ def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
         yield f"lora_target_modules: {told}; valid: all-linear, or some of {', '.join(PROJECTIONS)}{guess}"
 
 
+def _refuse_idle(config: TrainConfig | ExportConfig, rows: Iterable[tuple[str, bool, str]]) -> None:
+    """UserError for the first field that is given and idle; rows are (fields, whether they are idle, why)."""
+    for names, idle, reason in rows:
+        given = [name for name in names.split() if getattr(config, name) is not None]
+        if idle and given:
+            raise UserError(f"{given[0]} cannot take effect: {reason}")
+
+
+def _idle_hub(config: TrainConfig | ExportConfig) -> tuple[str, bool, str]:
+    return "hub_model_id hub_private_repo", not config.push_to_hub, "push_to_hub is false"
+
+
 def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[str, bool, str]]:
     """(fields, whether they are idle, why)."""
     builtin = config.dataset_name is None
@@ -179,7 +186,7 @@ def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[st
     yield "epsilon epsilon_high", objective.trace_loss == "reinforce", "trace_loss reinforce clips no ratio"
     yield "answer_weight", objective.answer_coef == 0, "answer_coef is 0"
     yield "lora_r lora_alpha lora_target_modules use_rslora", not config.use_peft, "use_peft is false"
-    yield "hub_model_id hub_private_repo", not config.push_to_hub, "push_to_hub is false"
+    yield _idle_hub(config)
     weighted = objective.reward in ("ws_inv", "ws_log", "r3")
     yield "reward_scale", not weighted, f"reward {objective.reward} has no token weights"
     unused = not weighted and objective.reward_clip == "none"

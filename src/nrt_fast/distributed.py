@@ -315,16 +315,23 @@ def _step(num_elements: int, block: int) -> int:
     return num_elements // size() // block * block
 
 
+def _parts(flat: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views: what the ranks have equal slices of, this rank's slice of it, and what the last rank has besides."""
+    step = _step(len(flat), block)
+    even, rest = flat[: step * size()], flat[step * size() :]
+    return even, even[rank() * step : (rank() + 1) * step], rest
+
+
 def reduce_scatter(flat: Tensor, block: int) -> None:
     """Sum a flat tensor over all ranks, in place; each has the sum in its own slice, and anything elsewhere."""
     if size() == 1:
         return
-    step, even = _step(len(flat), block), _step(len(flat), block) * size()
+    even, own, rest = _parts(flat, block)
     with _together("the gradients"):
-        if step:
-            _scatter_even(flat[rank() * step : (rank() + 1) * step], flat[:even])
-        if even < len(flat):
-            dist.all_reduce(flat[even:])
+        if len(even):
+            _scatter_even(own, even)
+        if len(rest):
+            dist.all_reduce(rest)
     _count("gradients", flat)
 
 
@@ -332,12 +339,12 @@ def all_gather(flat: Tensor, block: int) -> None:
     """Fill a flat tensor, in place, from every rank's own slice of it."""
     if size() == 1:
         return
-    step, even = _step(len(flat), block), _step(len(flat), block) * size()
+    even, own, rest = _parts(flat, block)
     with _together("the weights"):
-        if step:
-            _gather_even(flat[:even], flat[rank() * step : (rank() + 1) * step])
-        if even < len(flat):
-            dist.broadcast(flat[even:], size() - 1)
+        if len(even):
+            _gather_even(even, own)
+        if len(rest):
+            dist.broadcast(rest, size() - 1)
     _count("weights", flat)
 
 

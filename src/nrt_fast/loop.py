@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -34,7 +35,7 @@ from nrt_fast.report import Report
 from nrt_fast.resolve import NUM_PROGRESS
 from nrt_fast.rewards import Rewards, aggregate, reward
 from nrt_fast.run import Run, prepare
-from nrt_fast.shares import deal, gather_rows, gather_thoughts
+from nrt_fast.shares import deal, gather_rows, gather_thoughts, own_share
 from nrt_fast.signals import stop_requested
 from nrt_fast.train_step import train_step
 from nrt_fast.types import Example, Sample, Scores, Traces, UserError
@@ -108,7 +109,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             changes = health.step(row)
             with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
                 metrics.write(row)
-            report.step(row, read_completions(output_dir, progress.step))
+            report.step(row, partial(read_completions, output_dir, progress.step))
             for change in changes:
                 report.say(str(change))
             stopped_on = [change.name for change in changes if change.raised and change.name in run.config.stop_alarms]
@@ -189,7 +190,7 @@ def think(
 ) -> Thoughts:  # fmt: skip
     """Rollout and scoring of some examples. Without generations (sft) the empty trace stands as the only one."""
     dealt = deal(examples, run.engine)
-    mine = [examples[position] for position in dealt[distributed.rank()]]
+    mine = own_share(examples, dealt)
     thoughts = run.engine.think(
         [example.prompt_ids for example in mine],
         [example.answer_ids for example in mine],
@@ -272,7 +273,7 @@ def _with_baseline(run: Run, examples: list[Example], scores: Scores) -> Scores:
 
 def _baseline(run: Run, model, examples: list[Example]) -> list[Tensor]:
     dealt = deal(examples, run.engine)
-    mine = [examples[position] for position in dealt[distributed.rank()]]
+    mine = own_share(examples, dealt)
     prompts, answers = [e.prompt_ids for e in mine], [e.answer_ids for e in mine]
     log_b = run.engine.on(model).score(prompts, [[] for _ in prompts], answers).baseline_logprobs
     return gather_rows(log_b, dealt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +88,10 @@ class Report:
             self.say(f"resumed: going on after step {step}")
         self.say(show_example(run.data.train[0], run.tokenizer, run.delimiter, config.max_trace_length))
 
-    def step(self, row: dict[str, Any], completions: Sequence[dict[str, Any]] = ()) -> None:
+    def step(self, row: dict[str, Any], completions: Callable[[], Sequence[dict[str, Any]]] = tuple) -> None:
         """Show one step every ``logging_steps``; hand it to the trackers, with its traces where they were kept."""
-        if row["step"] > self.told_steps:
-            self.trackers.log({key: value for key, value in row.items() if key != "step"}, row["step"], completions)
+        if self.trackers and row["step"] > self.told_steps:
+            self.trackers.log({key: value for key, value in row.items() if key != "step"}, row["step"], completions())
         for label, name in COLUMNS.items():
             if name in row:
                 self.history[label].append(row[name])

@@ -27,6 +27,11 @@ def deal(examples: list[Example], engine: Engine) -> list[list[int]]:
     return [order[rank::size] for rank in range(size)]
 
 
+def own_share(examples: list[Example], dealt: list[list[int]]) -> list[Example]:
+    """The examples that were dealt to this rank."""
+    return [examples[position] for position in dealt[distributed.rank()]]
+
+
 def gather_thoughts(
     mine: Thoughts, examples: list[Example], dealt: list[list[int]], num_generations: int, engine: Engine
 ) -> Thoughts:

@@ -96,6 +96,9 @@ class Trackers:
         for name, module in modules.items():
             self._try(name, partial(self._start, name, module, config, run_name))
 
+    def __bool__(self) -> bool:
+        return bool(self._running)
+
     def log(self, metrics: dict[str, float], step: int, completions: Sequence[dict[str, Any]] = ()) -> None:
         """A step's metrics, and its traces with what they earned where there are some."""
         for name, tracker in list(self._running.items()):

@@ -70,13 +70,17 @@ def save_models() -> None:
         (COMPAT / f"{folder.name}.json").write_text(json.dumps(expected))
 
 
-def environment(name: str, packages: list[str]) -> Path:
-    """The Python of a virtual environment with these packages, made if it is not there."""
+def environment(name: str, packages: list[str], alone: str | None = None) -> Path:
+    """The Python of a virtual environment with these packages, and one without what it asks for.
+
+    It is made if it is not there, or was not completed.
+    """
     folder = COMPAT / name
     python, done = folder / "bin/python", folder / "installed"
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        for wanted in (["torch==2.13.0"], [*packages, "torch==2.13.0"]):
+        last = [["--no-deps", alone]] if alone else []
+        for wanted in (["torch==2.13.0"], [*packages, "torch==2.13.0"], *last):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
         done.touch()
     return python

@@ -8,11 +8,12 @@ import argparse
 import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
+from loads import environment
+
 ROOT = Path(__file__).parents[2]
-BASE = ["torch==2.13.0", "numpy", "safetensors", "pytest", "transformers==5.9.0", "jsonargparse[signatures]", "rich"]
+BASE = ["numpy", "safetensors", "pytest", "transformers==5.9.0", "jsonargparse[signatures]", "rich"]
 PEERS = {
     "verl": ("verl==0.9.1", [
         "tensordict==0.10.0", "hydra-core", "ray==2.55.0", "codetiming", "pandas", "peft", "accelerate", "torchdata",
@@ -50,31 +51,15 @@ def main() -> int:
 
 def check(name: str, checkout: Path | None) -> bool:
     """Install a trainer where it is not yet, and run its checks."""
-    python = installed(name)
+    package, needs = PEERS[name]
+    python = environment(name, [*BASE, *needs], alone=package)
     sources = [ROOT / "src"]
     if name == "prime_rl":
         folders = ("src", "packages/prime-rl-configs/src", "deps/verifiers")
         sources += [checkout.resolve() / folder for folder in folders]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sources))}
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sources))}
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/compat/{name}_checks.py"]
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
-
-
-def installed(name: str) -> Path:
-    """The Python of a trainer's environment; one that was not completed is made again."""
-    folder = ROOT / "build/compat" / name
-    python, done = folder / "bin/python", folder / "installed"
-    if done.exists():
-        return python
-    venv.create(folder, clear=True, with_pip=True)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    package, needs = PEERS[name]
-    subprocess.run([*install, "torch==2.13.0"], check=True)
-    subprocess.run([*install, *BASE, *needs], check=True)
-    if package:
-        subprocess.run([*install, "--no-deps", package], check=True)
-    done.touch()
-    return python
+    return subprocess.run(command, cwd=ROOT, env=variables, check=False).returncode == 0
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from prime_rl.trainer.rl.loss import compute_loss, setup_rl_loss_fn
 from served_policy import DELIMITER_ID, STARTER, ServedPolicy
 from verifiers.v1.graph import MessageNode
 
+from nrt_fast.adapters.completions import split_at_delimiter
 from nrt_fast.adapters.prime_rl import NRTAlgorithm
-from nrt_fast.adapters.prompt_logprobs import encode_answer, split_at_delimiter
+from nrt_fast.adapters.prompt_logprobs import encode_answer
 from nrt_fast.config import Objective
 from nrt_fast.reference.loss import cispo
 from nrt_fast.starter import tasks

@@ -70,8 +70,8 @@ def command_line(python: Path) -> list[float]:
 
 def run(command: list[object], folder: Path) -> subprocess.CompletedProcess:
     """Run a command on this checkout's sources; what it says on stderr is shown."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    variables = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True, check=False)
 
 
 if __name__ == "__main__":

@@ -7,26 +7,22 @@ from typing import Any
 
 from openrlhf.utils.agent import SingleTurnAgentExecutor
 
-from nrt_fast.adapters.prompt_logprobs import delimiter_id, encode_answer, in_flight, score_trace, trace_objective
-from nrt_fast.config import Reward, RewardClip
-from nrt_fast.data.tokenizer import END_OF_THINKING
+from nrt_fast.adapters.prompt_logprobs import (
+    TraceChoices,
+    delimiter_id,
+    encode_answer,
+    in_flight,
+    score_trace,
+    trace_objective,
+)
 from nrt_fast.types import UserError
 
 
-class AgentExecutor(SingleTurnAgentExecutor):
+class AgentExecutor(TraceChoices, SingleTurnAgentExecutor):
     """Samples one trace, up to the delimiter, and asks the engine what it does for the label, the reference answer.
 
     A subclass in a file of its own changes the choices.
-
-    Attributes:
-        delimiter: the one token that ends a trace.
-        reward: logp, prob, am, gm, ws_inv or ws_log.
-        reward_clip: zero, unit or none.
     """
-
-    delimiter: str = END_OF_THINKING
-    reward: Reward = "ws_log"
-    reward_clip: RewardClip = "zero"
 
     def __init__(self):
         super().__init__()

@@ -11,29 +11,22 @@ from prime_rl.orchestrator.algo.grpo import GRPOAlgorithm
 from torch import Tensor
 from verifiers.v1.graph import MessageNode
 
-from nrt_fast.adapters.prompt_logprobs import delimiter_id, encode_answer, score_trace, trace_objective
-from nrt_fast.config import Reward, RewardClip
-from nrt_fast.data.tokenizer import END_OF_THINKING, load_tokenizer
+from nrt_fast.adapters.prompt_logprobs import TraceChoices, delimiter_id, encode_answer, score_trace, trace_objective
+from nrt_fast.data.tokenizer import load_tokenizer
 from nrt_fast.reference.loss import cispo
 from nrt_fast.types import UserError
 
 
-class NRTAlgorithm(GRPOAlgorithm):
+class NRTAlgorithm(TraceChoices, GRPOAlgorithm):
     """GRPO on traces that end at the delimiter, rewarded by what they do for the task's ``answer``.
 
     The answer follows its trace in the graph, not sampled, with weights for the loss component ``ce``: 1 for an answer
     token, and ``format_coef`` for the delimiter where the trace did not end with it. A subclass changes the choices.
 
     Attributes:
-        delimiter: the one token that ends a trace.
-        reward: logp, prob, am, gm, ws_inv or ws_log.
-        reward_clip: zero, unit or none.
         answer_key: field of the task's data, or of the trace's info, that holds the reference answer.
     """
 
-    delimiter: str = END_OF_THINKING
-    reward: Reward = "ws_log"
-    reward_clip: RewardClip = "zero"
     answer_key: str = "answer"
 
     async def setup(self) -> None:

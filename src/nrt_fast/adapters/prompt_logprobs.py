@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from nrt_fast import rewards
+from nrt_fast.adapters.completions import as_traces
 from nrt_fast.config import Objective, Reward, RewardClip
 from nrt_fast.data.render import encode_answers
 from nrt_fast.data.schema import Pair
-from nrt_fast.data.tokenizer import choose_delimiter
-from nrt_fast.types import Scores, Traces, UserError
+from nrt_fast.data.tokenizer import END_OF_THINKING, choose_delimiter
+from nrt_fast.types import Scores, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,20 @@ Ask = Callable[[list[int]], Awaitable[list[float]]]
 """Sends ids as a prompt; gives the log-probability of each but the first, natural logs at temperature 1."""
 
 _in_flight: dict[Hashable, tuple[dict, int]] = {}
+
+
+class TraceChoices:
+    """What a subclass of an adapter may change.
+
+    Attributes:
+        delimiter: the one token that ends a trace.
+        reward: logp, prob, am, gm, ws_inv or ws_log.
+        reward_clip: zero, unit or none.
+    """
+
+    delimiter: str = END_OF_THINKING
+    reward: Reward = "ws_log"
+    reward_clip: RewardClip = "zero"
 
 
 @dataclass(frozen=True)
@@ -79,12 +94,6 @@ def encode_answer(answer: object, tokenizer: PreTrainedTokenizerBase, where: str
     return encode_answers([Pair([], answer, None, where)], tokenizer)[0][0]
 
 
-def split_at_delimiter(sampled_ids: list[int], delimiter_id: int) -> tuple[list[int], bool]:
-    """The trace before the first delimiter, and whether there is one; a sampled EOS stays in it."""
-    closed = delimiter_id in sampled_ids
-    return sampled_ids[: sampled_ids.index(delimiter_id)] if closed else list(sampled_ids), closed
-
-
 @contextmanager
 def in_flight(key: Hashable) -> Iterator[dict]:
     """One dict for everything that is inside with the same key at the same time; forgotten with the last to leave.
@@ -119,16 +128,16 @@ async def score_trace(
         UserError: a log-probability is NaN, infinite or above 0.
         ValueError: the server does not tell one for each id.
     """
-    trace, closed = split_at_delimiter(sampled_ids, delimiter_id)
+    traces = as_traces([[sampled_ids]], delimiter_id)
+    ((trace,),), ((end,),) = traces.trace_ids, traces.delimiter_logprobs
     if "log_b" not in shared:
         shared["log_b"] = asyncio.ensure_future(_answer_logprobs(ask, [*prompt_ids, delimiter_id], answer_ids))
     log_c, log_b = await asyncio.gather(
         _answer_logprobs(ask, [*prompt_ids, *trace, delimiter_id], answer_ids),
         asyncio.shield(shared["log_b"]),  # others wait for it too
     )
-    traces = Traces([[trace]], [[[]]], [[0.0 if closed else None]])  # what the sampler thought of it is not asked for
     scored = rewards.reward(Scores([[log_c]], [log_b]), traces, objective, noise=0.0, names=[where])
-    return TraceReward(float(scored.shaped[0]), float((log_c - log_b).mean()), closed)
+    return TraceReward(float(scored.shaped[0]), float((log_c - log_b).mean()), end is not None)
 
 
 async def _answer_logprobs(ask: Ask, context: list[int], answer_ids: list[int]) -> Tensor:

@@ -10,12 +10,11 @@ from swift.callbacks import TrainerCallback, callbacks_map
 from swift.rewards import ORM, orms
 
 from nrt_fast import rewards
-from nrt_fast.adapters.prompt_logprobs import delimiter_id, encode_answer, split_at_delimiter, trace_objective
-from nrt_fast.config import Reward, RewardClip
-from nrt_fast.data.tokenizer import END_OF_THINKING
+from nrt_fast.adapters.completions import as_traces
+from nrt_fast.adapters.live import live_model
+from nrt_fast.adapters.prompt_logprobs import TraceChoices, delimiter_id, encode_answer, trace_objective
 from nrt_fast.engine import Engine
-from nrt_fast.model import Model
-from nrt_fast.types import Traces, UserError
+from nrt_fast.types import UserError
 
 
 class NRTCallback(TrainerCallback):
@@ -28,21 +27,12 @@ class NRTCallback(TrainerCallback):
         NRTCallback.trainer = trainer
 
 
-class NRT(ORM):
+class NRT(TraceChoices, ORM):
     """R of every completion for the reference in the column ``solution``, by the weights that are being trained.
 
     The trace is what stands before a completion's first delimiter. Prompts are run once, and weights are read where
     they are. A subclass, put into ``orms`` in its place, changes the choices.
-
-    Attributes:
-        delimiter: the one token that ends a trace.
-        reward: logp, prob, am, gm, ws_inv or ws_log.
-        reward_clip: zero, unit or none.
     """
-
-    delimiter: str = END_OF_THINKING
-    reward: Reward = "ws_log"
-    reward_clip: RewardClip = "zero"
 
     def __init__(self, args: Any = None, **kwargs):
         super().__init__(args, **kwargs)
@@ -70,7 +60,8 @@ class NRT(ORM):
             groups.setdefault(key, []).append(row)
         prompts = [list(ids) for ids, _ in groups]
         answers = [encode_answer(answer, tokenizer, f"row {rows[0]}") for (_, answer), rows in groups.items()]
-        traces = _traces(response_token_ids, list(groups.values()), engine.delimiter_id)
+        completions_PG = [[_flat(response_token_ids[row]) for row in rows] for rows in groups.values()]
+        traces = as_traces(completions_PG, engine.delimiter_id)
         scores = engine.score(prompts, traces.trace_ids, answers)
         names = [f"row {rows[0]} of the batch" for rows in groups.values()]
         shaped = rewards.reward(scores, traces, self.objective, noise=0.0, names=names).shaped
@@ -80,12 +71,9 @@ class NRT(ORM):
     def _policy(self) -> Engine:
         """An engine on the trainer's own parameters, made at the first call."""
         if self._engine is None:
-            module = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            if any(hasattr(parameter, name) for parameter in module.parameters() for name in ("ds_id", "full_tensor")):
-                raise UserError("the policy's parameters are in pieces; valid: one process, DDP, ZeRO-1 or 2")
             tokenizer = self.trainer.template.tokenizer
             self._engine = Engine(
-                Model.from_hf(module), delimiter_id=delimiter_id(tokenizer, self.delimiter),
+                live_model(self.trainer), delimiter_id=delimiter_id(tokenizer, self.delimiter),
                 eos_id=tokenizer.eos_token_id,
             )  # fmt: skip
         return self._engine
@@ -99,16 +87,6 @@ class NRT(ORM):
         if (kwargs := columns.get("chat_template_kwargs")) is not None:
             turns["chat_template_kwargs"] = kwargs[row]
         return template.encode(turns)["input_ids"]
-
-
-def _traces(response_token_ids: list[list], groups: list[list[int]], delimiter: int) -> Traces:
-    """[P][G]; what the sampler thought of them is not asked for."""
-    split = [[split_at_delimiter(_flat(response_token_ids[row]), delimiter) for row in rows] for rows in groups]
-    return Traces(
-        [[trace for trace, _ in group] for group in split],
-        [[[] for _ in group] for group in split],
-        [[0.0 if closed else None for _, closed in group] for group in split],
-    )
 
 
 def _flat(ids: list) -> list[int]:

@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -164,18 +164,24 @@ def pretrain(
     model: LlamaForCausalLM, vocabulary: dict[str, int], num_steps: int, seed: int,
     families: Families = tasks.FAMILIES, think: Think = think,
 ) -> None:  # fmt: skip
-    """Train with plain cross-entropy on documents that are drawn freshly for every step."""
+    """Train on documents that are drawn freshly for every step."""
+    for step, loss in enumerate(fit(model, batches(vocabulary, num_steps, seed, families, think), num_steps)):
+        if step % 100 == 0:
+            print(f"step {step:5d}  loss {loss:.3f}", flush=True)
+
+
+def fit(model: LlamaForCausalLM, batches: Iterable[Iterable[torch.Tensor]], num_steps: int) -> Iterator[float]:
+    """Train with plain cross-entropy on batches of ids, positions and labels; yields the loss of each step."""
     optimizers = build_optimizers(model)
     schedulers = [LambdaLR(optimizer, partial(learning_rate_factor, num_steps=num_steps)) for optimizer in optimizers]
-    for step, (ids_RT, positions_RT, labels_RT) in enumerate(batches(vocabulary, num_steps, seed, families, think)):
+    for ids_RT, positions_RT, labels_RT in batches:
         loss = model(input_ids=ids_RT, position_ids=positions_RT, use_cache=False, labels=labels_RT).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in optimizers + schedulers:
             stepper.step()
         model.zero_grad()
-        if step % 100 == 0:
-            print(f"step {step:5d}  loss {loss.item():.3f}", flush=True)
+        yield loss.item()
 
 
 def tokenizer_config() -> dict[str, object]:

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from nrt_fast.data import Pair, encode_answers
-from nrt_fast.types import Example, Traces, UserError
+from nrt_fast.types import Example, UserError
 
 Value = TypeVar("Value")
 
@@ -82,19 +82,3 @@ def _example(prompt_ids: list[int], prompt: Any, answer: Any, where: str, tokeni
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     ((answer_ids, _),) = encode_answers([Pair([], answer, None, where)], tokenizer)
     return Example(0, prompt_ids, answer_ids, None, question, answer, where)
-
-
-def split_at(delimiter_id: int, completions: list[list[list[int]]]) -> Traces:
-    """Traces of [P][G] completions: what stands before the first delimiter, or all of it where there is none.
-
-    Their log-probabilities are not known: those of ids are absent, and that of a delimiter is 0.
-    """
-    is_closed = [[delimiter_id in ids for ids in group] for group in completions]
-    return Traces(
-        [
-            [ids[: ids.index(delimiter_id)] if delimiter_id in ids else list(ids) for ids in group]
-            for group in completions
-        ],
-        [[[] for _ in group] for group in completions],
-        [[0.0 if closed else None for closed in group] for group in is_closed],
-    )

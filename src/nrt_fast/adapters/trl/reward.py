@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from nrt_fast.adapters.trl.groups import Groups, group_rows, split_at
+from nrt_fast.adapters.completions import as_traces
+from nrt_fast.adapters.trl.groups import Groups, group_rows
 from nrt_fast.adapters.trl.live import choose_live_delimiter, live_engine, prompt_ids, tokenizer_of
 from nrt_fast.adapters.trl.rollout import check_sampling, inputs_of
 from nrt_fast.config import PRESETS, STD_FLOOR, Objective, Preset
@@ -107,7 +108,7 @@ class NRTReward:
         policy.judged = None
         if not groups.rows:
             return groups.spread([])
-        traces = split_at(policy.engine.delimiter_id, groups.take(completion_ids))
+        traces = as_traces(groups.take(completion_ids), policy.engine.delimiter_id)
         scores = _given(groups, columns) if WITH_TRACE in columns else self._scores(policy, groups, traces.trace_ids)
         rewards = reward(scores, traces, self.objective, 0.0, [example.where for example in groups.examples])
         policy.judged = Judged(groups, traces, scores, rewards)
