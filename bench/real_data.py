@@ -40,8 +40,6 @@ STEPS = {"nrt-ws": 700, "sft": 3500}
 SAVE_STEPS = {"nrt-ws": 100, "sft": 700}
 LENGTHS = {"max_prompt_length": 64, "max_trace_length": 32, "max_answer_length": 64}
 SETTINGS = {"prompts_per_step": 8, "num_generations": 8, "learning_rate": 1e-4, "warmup_steps": 10}
-CHOICES = {"nrt-ws": {"std_floor": 0.002}, "sft": {}}
-"""Under the preset's floor of 0.02 hardly a group has a signal here: a trace changes few of an answer's tokens."""
 NUM_HELDOUT, NUM_TRACES = 512, 4
 NUM_SAMPLES, QUOTED_LENGTH = 4, 120  # characters
 QUOTED = ("dolly", "medquad")
@@ -72,7 +70,7 @@ class Job:
             logging_steps=SAVE_STEPS[self.objective],
             output_dir=str(folder),
             device="cpu",
-            **(SETTINGS | CHOICES[self.objective] | lengths),
+            **(SETTINGS | lengths),
         )
 
 

@@ -51,8 +51,10 @@ class Command:
 
 
 def _train(config: TrainConfig, flags: set[str]) -> int:
-    from nrt_fast import distributed, loop
+    from nrt_fast import distributed, heap, loop, source
 
+    if source.choose_device(config.device).type == "cpu":
+        heap.keep_freed_memory()
     with distributed.joined(config.ddp_timeout, config.device):
         if "dry_run" in flags:
             loop.dry_run(config)

@@ -34,10 +34,6 @@ Preset = Literal[
     "jepo", "verifree", "rlpr", "r3", "sft",
 ]  # fmt: skip
 
-STD_FLOOR: dict[str, float] = {
-    "ws_log": 0.02, "ws_inv": 0.02, "logp": 0.02, "r3": 0.02, "gm": 0.002, "am": 0.002, "prob": 0.002,
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -54,7 +50,7 @@ class Objective:
     format_term: FormatTerm = "loss"
     normalizer: Normalizer = "token"
     reward_scale: RewardScale = "length"
-    std_floor: float | None = None
+    std_floor: float = 0.002
     epsilon: float = 0.2
     epsilon_high: float = 0.28
     drop_cut_reward: bool = False
@@ -199,7 +195,7 @@ class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     reward_scale: RewardScale | None = None
     """Whether a weighted reward is divided by the answer's length or by the sum of its weights."""
     std_floor: float | None = None
-    """Groups whose reward std is under it count as no signal; 0.02 for log rewards, 0.002 for probabilities."""
+    """Groups whose reward std is under it, or under three times the measured noise, count as no signal."""
     epsilon: float | None = None
     """Lower clip of the importance ratio: 1 - epsilon."""
     epsilon_high: float | None = None
@@ -306,10 +302,7 @@ class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     def resolved_objective(self) -> Objective:
         """The preset with this config's own choices on top of it."""
         chosen = {f.name: getattr(self, f.name) for f in fields(Objective) if hasattr(self, f.name)}
-        objective = replace(PRESETS[self.objective], **{k: v for k, v in chosen.items() if v is not None})
-        if objective.std_floor is None:
-            objective = replace(objective, std_floor=STD_FLOOR[objective.reward])
-        return objective
+        return replace(PRESETS[self.objective], **{k: v for k, v in chosen.items() if v is not None})
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from rich.console import Console
 from torch import Tensor
 
-from nrt_fast.config import STD_FLOOR, Objective, Reward, ScoreConfig
+from nrt_fast.config import Objective, Reward, ScoreConfig
 from nrt_fast.engine import Engine, Thoughts, noise_floor
 from nrt_fast.heldout import item_fields, number, numbers, open_heldout, think_in_parts, trace_fields
 from nrt_fast.json_lines import JsonLines
@@ -72,7 +72,7 @@ def all_rewards(thoughts: Thoughts, noise: dict[str, float], names: list[str]) -
     rewards = {}
     for kind in KINDS:
         clip = "none" if kind == "r3" else "zero"
-        objective = Objective(kind, reward_clip=clip, answer_weight="derived", std_floor=STD_FLOOR[kind])
+        objective = Objective(kind, reward_clip=clip, answer_weight="derived")
         rewards[kind] = reward(thoughts.scores, thoughts.traces, objective, noise[kind], names)
     return rewards
 

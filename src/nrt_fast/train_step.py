@@ -63,9 +63,12 @@ def train_step(
     for batch in batches:
         old_A = None if on_policy else batch.loss.old_logprobs_A
         reference_A = None if reference is None else _reference_logprobs(reference, batch)
-        hidden_AD = model.packed(batch, recompute).index_select(0, batch.hidden_A)
-        # Straight into the fp32 sum: the head's gradient, the largest of all, is never stored by itself.
-        grad_head_VD = optimizer.gradient(model.head) if model.head.requires_grad else None
+        # Straight into the fp32 sums: the vocabulary's gradients, the largest of all, are never stored by themselves.
+        grad_embed_VD, grad_head_VD = (
+            optimizer.gradient(weight_VD) if weight_VD.requires_grad else None
+            for weight_VD in (model.embed, model.head)
+        )
+        hidden_AD = model.packed(batch, recompute, grad_embed_VD).index_select(0, batch.hidden_A)
         loss, logprob_B, entropy_B, grad_AD = _loss(
             hidden_AD, model.head, batch.loss, old_A, reference_A, grad_head_VD, objective, scale
         )

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nrt_fast import ops
 from nrt_fast.model.attend import PackedAttention
 from nrt_fast.model.config import ModelConfig
+from nrt_fast.model.embedding import summed_embedding
 from nrt_fast.model.linear import Linear, LoraLinear
 from nrt_fast.model.lora import Adapter
 from nrt_fast.model.recompute import recomputed
@@ -80,23 +82,31 @@ class Decoder:
             down=linear("mlp.down_proj"),
         )
 
-    def packed(self, batch: PackedBatch, recompute: str = "none") -> Tensor:
+    def packed(self, batch: PackedBatch, recompute: str = "none", grad_embed_VD: Tensor | None = None) -> Tensor:
         """Training forward with autograd over packed groups: [T, D] final hidden states, normed.
 
         Args:
             recompute: "none", or what else autograd keeps less of; see ``recomputed``. The result is the same.
+            grad_embed_VD: fp32, takes the embedding's gradient on the way back; None: the embedding is a leaf as any.
         """
         attend = PackedAttention(self.config, batch)
+        if grad_embed_VD is None:
+            x = self._embedded(batch.tokens_T)
+        else:
+            x = summed_embedding(batch.tokens_T, self.embed, grad_embed_VD)
         if recompute == "none":
-            return self.forward(batch.tokens_T, batch.positions_T, attend, self.layers)
-        x, cos, sin = self._embedded(batch.tokens_T, batch.positions_T)
+            return self._through(x, batch.positions_T, attend, self.layers)
+        cos, sin = self._angles(batch.positions_T, x.dtype)
         for index, layer in enumerate(self.layers):
             x = recomputed(recompute, self._from_residual, index, layer, x, cos, sin, attend)
         return self._norm(x, self.final_norm)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, layers: list[Layer]) -> Tensor:
         """All layers on flat tokens, with these parameters and this attention: [T, D] final hidden states, normed."""
-        x, cos, sin = self._embedded(tokens_T, positions_T)
+        return self._through(self._embedded(tokens_T), positions_T, attend, layers)
+
+    def _through(self, x: Tensor, positions_T: Tensor, attend: Attend, layers: list[Layer]) -> Tensor:
+        cos, sin = self._angles(positions_T, x.dtype)
         next_norms = [layer.input_norm for layer in layers[1:]] + [self.final_norm]
         normed = self._norm(x, layers[0].input_norm)
         for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
@@ -104,12 +114,14 @@ class Decoder:
             normed, x = ops.add_rms_norm(change, x, next_norm, self.config.rms_norm_eps)
         return normed
 
-    def _embedded(self, tokens_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings; cosines and sines of the positions."""
-        x = F.embedding(tokens_T, self.embed)
+    def _embedded(self, tokens_T: Tensor) -> Tensor:
+        return F.embedding(tokens_T, self.embed)
+
+    def _angles(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines."""
         angles_TF = positions_T[:, None] * self.inv_freq
-        cos, sin = ((f * self.config.rope_scale).to(x.dtype) for f in (angles_TF.cos(), angles_TF.sin()))
-        return x, cos, sin
+        cos, sin = ((f * self.config.rope_scale).to(dtype) for f in (angles_TF.cos(), angles_TF.sin()))
+        return cos, sin
 
     def _block(
         self, index: int, layer: Layer, normed: Tensor, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend

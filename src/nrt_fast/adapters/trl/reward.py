@@ -14,7 +14,7 @@ from nrt_fast.adapters.completions import as_traces
 from nrt_fast.adapters.trl.groups import Groups, group_rows
 from nrt_fast.adapters.trl.live import choose_live_delimiter, live_engine, prompt_ids, tokenizer_of
 from nrt_fast.adapters.trl.rollout import check_sampling, inputs_of
-from nrt_fast.config import PRESETS, STD_FLOOR, Objective, Preset
+from nrt_fast.config import PRESETS, Objective, Preset
 from nrt_fast.diagnostics import rollout_metrics
 from nrt_fast.engine import MAX_CACHE_BYTES, Engine
 from nrt_fast.rewards import Rewards, reward
@@ -173,7 +173,7 @@ class NRTReward:
 
 
 def _checked(objective: Preset | Objective) -> Objective:
-    """The objective with its floor; UserError where there is no such preset, or it has no reward of a trace."""
+    """The objective, by name or itself; UserError where there is no such preset, or it has no reward of a trace."""
     if isinstance(objective, str):
         if objective not in PRESETS or objective == "sft":
             valid = ", ".join(name for name in PRESETS if name != "sft")
@@ -181,8 +181,7 @@ def _checked(objective: Preset | Objective) -> Objective:
         objective = PRESETS[objective]
     if objective.baseline == "ema":
         raise UserError("baseline 'ema' needs this engine's own optimiser; valid: current, frozen, none")
-    floor = STD_FLOOR[objective.reward] if objective.std_floor is None else objective.std_floor
-    return replace(objective, std_floor=floor)
+    return objective
 
 
 def _frozen(engine: Engine, trainer: Any) -> Engine:
