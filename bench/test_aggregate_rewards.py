@@ -11,9 +11,9 @@ from nrt_fast.reference.rewards import MIN_LOG_B, aggregate_rewards
 NUM_PROMPTS, NUM_TRACES, MEAN_TOKENS = 256, 8, 400
 TINY = torch.finfo(torch.float32).tiny
 CHOICES = {  # reward, scale, clip, advantage, answer weight, std floor, drop cut traces, format
-    "nrt-ws": ("ws_log", "length", "zero", "grpo", "fixed", 0.02, False, 0.0),
-    "nrt-derived": ("ws_log", "length", "zero", "grpo", "derived", 0.02, False, 0.0),
-    "r3": ("r3", "length", "none", "grpo", "derived", 0.02, False, 0.0),
+    "nrt-ws": ("ws_log", "length", "zero", "grpo", "fixed", 0.002, False, 0.0),
+    "nrt-derived": ("ws_log", "length", "zero", "grpo", "derived", 0.002, False, 0.0),
+    "r3": ("r3", "length", "none", "grpo", "derived", 0.002, False, 0.0),
 }
 
 

@@ -45,7 +45,7 @@ def main(folder: str | Path = MODEL_DIR, num_steps: int = 10, num_prompts: int =
         reward, _ = rewards.aggregate(scores.logprobs, scores.baseline_logprobs, kind="ws_log")
         lengths = [torch.tensor([float(len(ids)) for ids in group]) for group in traces.trace_ids]
         reward = [reward_G - PRICE_PER_TOKEN * length_G for reward_G, length_G in zip(reward, lengths, strict=True)]
-        advantage, _ = rewards.advantages(reward, kind="grpo", std_floor=0.02)
+        advantage, _ = rewards.advantages(reward, kind="grpo", std_floor=0.002)
 
         optimizer.zero_grad()
         groups = zip(prompts[part], traces.trace_ids, traces.delimiter_logprobs, advantage, strict=True)

@@ -119,7 +119,7 @@ def test_one_at_a_time_equals_a_full_forward(module, problems, one_by_one, refer
 
 
 def test_scoring_costs_what_the_method_says(model, problems):
-    """(G + 1) A tokens a prompt, and one for each trace that was cut: its last id was never fed (method section 8)."""
+    """(G + 1) A tokens a prompt, and one for each trace that was cut: its last id was never fed."""
     uids, prompts, answers = (list(column) for column in zip(*problems))
     engine = Engine(model, delimiter_id=DELIMITER, eos_id=EOS)
     thoughts = engine.think(prompts, answers, uids, num_generations=NUM_GENERATIONS, **SAMPLING)

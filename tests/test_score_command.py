@@ -176,7 +176,7 @@ def test_summary_follows_from_the_lines(scored):
 
 
 def test_cost_of_scoring_in_tokens():
-    """Method section 8: P = 300, Z = 600, A = 415, G = 8."""
+    """P = 300, Z = 600, A = 415, G = 8."""
     assert scoring_cost(300, [600] * 8, 415) == ScoringCost(16_240, 8_835, 3_735)
 
 

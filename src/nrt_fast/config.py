@@ -99,7 +99,7 @@ class ModelFields:
     chat_template_kwargs: dict | None = None
     """Extra arguments of the tokenizer's chat template."""
     delimiter: str | None = None
-    """The one token that ends a trace; a reserved id of the tokenizer if absent, else a token is added."""
+    """The one token that ends a trace; if absent </think>, else a reserved one of the tokenizer, else a new one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and activations; auto: bfloat16 on CUDA, float32 on CPU."""
     device: str = "auto"
@@ -195,7 +195,7 @@ class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     reward_scale: RewardScale | None = None
     """Whether a weighted reward is divided by the answer's length or by the sum of its weights."""
     std_floor: float | None = None
-    """Groups whose reward std is under it, or under three times the measured noise, count as no signal."""
+    """Groups whose reward std is under it, or three times the measured noise, have no signal; 0.002; 0: all have one."""
     epsilon: float | None = None
     """Lower clip of the importance ratio: 1 - epsilon."""
     epsilon_high: float | None = None
@@ -216,7 +216,7 @@ class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     recompute: Literal["none", "selective", "full"] | None = None
     """What the backward pass computes again to save memory: selective, all but products; full, whole layers."""
     learning_rate: float | None = None
-    """Peak learning rate; 2e-6, the starter 3e-4, ten times that with use_peft."""
+    """Peak learning rate; 2e-6, of the starter on its own tasks 3e-4; ten times that with use_peft."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule after the warm-up."""
     warmup_steps: float | None = None
@@ -250,7 +250,7 @@ class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     """Scale by lora_alpha / sqrt(lora_r) instead; false."""
 
     output_dir: str | None = None
-    """Folder of the run; runs/<model>-<objective>, the demo's is runs/demo."""
+    """Folder of the run; runs/<model>-<data>-<objective>, -lora behind it for an adapter; the demo's is runs/demo."""
     save_steps: int | None = None
     """Steps between checkpoints; the last step is always saved."""
     save_total_limit: int = 2

@@ -371,7 +371,7 @@ def _joined(parts: list[Scores]) -> Scores:
 def noise_floor(
     engine: Engine, prompts: list[list[int]], answers: list[list[int]], reward: Callable[[Scores], list[Tensor]]
 ) -> float:
-    """Standard deviation of a reward between two batch shapes: what rounding alone can do to it (method section 7).
+    """Standard deviation of a reward between two batch shapes: what rounding alone can do to it.
 
     The empty trace of each prompt is scored together with all others, and alone.
     """

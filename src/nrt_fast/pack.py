@@ -22,7 +22,7 @@ def loss_tokens(
     temperature: float,
     max_tokens_per_trace: int,
 ) -> LossTokens:
-    """Every loss token of one optimiser step with its weight and the step's normaliser (method section 4).
+    """Every loss token of one optimiser step with its weight and the step's normaliser (docs/method.md, Loss).
 
     A trace contributes z and the sampled delimiter with its advantage, an appended delimiter with the format
     coefficient, and y* with the answer coefficient times its weight; where that is 0, y* is left out. Without traces

@@ -14,7 +14,7 @@ from nrt_fast.types import UserError
 class Scale:
     """Sizes of one kind of run.
 
-    ``cuda`` is that of the published runs (method section 6), ``cpu`` what two cores finish, ``starter`` the demo.
+    ``cuda`` is that of the published runs, ``cpu`` what two cores finish, ``starter`` the demo.
     """
 
     prompt: int

@@ -1,4 +1,4 @@
-"""Scores to rewards, rewards to advantages (method sections 2 and 3)."""
+"""Scores to rewards, rewards to advantages (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Rewards:
         shaped: P tensors [G], R after baseline, clip and format term; what advantages are made of.
         advantage: P tensors [G], 0 where the group has no signal.
         signal: P bools.
-        answer_weights: ``[P][G]`` tensors [A_p], v_i of each answer token in the answer loss (method section 4).
+        answer_weights: ``[P][G]`` tensors [A_p], v_i of each answer token in the answer loss.
     """
 
     reward: list[Tensor]
@@ -72,7 +72,7 @@ def aggregate(
     scale: str = "length",
     names: list[str] | None = None,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Raw R of every trace, and the weight alpha_i c_i of every answer token (method section 2).
+    """Raw R of every trace, and the weight alpha_i c_i of every answer token (docs/method.md, Reward).
 
     Args:
         logprobs: ``[P][G]`` tensors [A_p] of log c, as ``Engine.score`` returns them.
@@ -94,7 +94,7 @@ def aggregate(
 
 
 def advantages(reward: list[Tensor], kind: str = "grpo", std_floor: float = 0.0) -> tuple[list[Tensor], list[bool]]:
-    """Group-relative advantages (method section 3).
+    """Group-relative advantages.
 
     Args:
         reward: P fp32 tensors [G], already clipped.

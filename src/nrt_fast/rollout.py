@@ -49,7 +49,7 @@ def rollout(
 ) -> Iterator[list[Group]]:
     """Decode every stream of the groups, in slots that are refilled as they fall free; yields complete groups.
 
-    A token's noise is keyed by what it is (method section 1), so neither the order nor the number of slots nor a pause
+    A token's noise is keyed by what it is, so neither the order nor the number of slots nor a pause
     changes a trace. What is yielded still has its keys and values, and there is room behind it for
     ``room.answer_length`` slots a row; the caller releases it before it asks for more.
 

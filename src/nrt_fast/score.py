@@ -20,7 +20,7 @@ def score(
 
     A row's input is what the cache still lacks of its trace (the last sampled id of a trace that was cut; all of one
     that lost its pages), the delimiter, and the answer without its last id. A whole group runs in one shape with its
-    baseline, so that noise is common to both (method section 7). The answers stay scratch: no length changes.
+    baseline, so that noise is common to both. The answers stay scratch: no length changes.
 
     Args:
         groups: whose streams are the traces; prompts that are not in the cache are run first.

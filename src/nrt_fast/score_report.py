@@ -33,7 +33,7 @@ class ScoringCost(NamedTuple):
 
 
 def scoring_cost(num_prompt: int, trace_lengths: list[int], num_answer: int) -> ScoringCost:
-    """What scoring one item takes in three ways (method section 8)."""
+    """What scoring one item takes in three ways."""
     G, num_trace = len(trace_lengths), sum(trace_lengths)
     return ScoringCost(
         2 * G * (num_prompt + num_answer) + num_trace,

@@ -1,4 +1,4 @@
-"""One optimiser step over packed batches (method section 4)."""
+"""One optimiser step over packed batches (docs/method.md, Loss)."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def linear_logprob_loss(
     entropy_coef: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The summed loss of method section 4 with its gradients; those of the head are added to ``grad_weight_VD``.
+    """The summed loss of docs/method.md with its gradients; those of the head are added to ``grad_weight_VD``.
 
     A policy token loses trace_loss(logprob, exp(logprob - old), weight) + beta k3(logprob, reference)
     - entropy_coef entropy; any other token -weight logprob. With z the logits times the inverse temperature,

@@ -1,4 +1,4 @@
-"""Per-token losses of one packed batch (method section 4). Each is differentiable in the log-probability."""
+"""Per-token losses of one packed batch (docs/method.md, Loss). Each is differentiable in the log-probability."""
 
 import torch
 from torch import Tensor
