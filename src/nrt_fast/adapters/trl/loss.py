@@ -26,7 +26,7 @@ KINDS = {"trace": TRACE, "answer": ANSWER, "format": FORMAT}
 
 
 class LossMixin(RolloutMixin):
-    """``class Trainer(LossMixin, GRPOTrainer)``: trace, answer and format terms over one normaliser (docs/method.md, Loss).
+    """``class Trainer(LossMixin, GRPOTrainer)``: trace, answer and format terms over one normaliser (docs/method.md).
 
     The trainer's one reward function is an ``NRTReward``, whose objective this is. A row of the forward pass is the
     prompt, the trace, the delimiter and the reference answer; what TRL sampled behind the delimiter has no loss.
