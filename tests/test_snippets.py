@@ -26,7 +26,7 @@ from nrt_fast.starter import MODEL_DIR, tasks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-NOT_RUN = 9
+NOT_RUN = 11
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"^(\$ )?(nrt-fast|make|pip|python) ", re.MULTILINE)
 REASON = re.compile(r"# not run: .+")
