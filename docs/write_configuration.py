@@ -18,13 +18,13 @@ OF_SCALE = {
 HEAD = """\
 # Every field of train
 
-Options of `nrt-fast train` on the command line, keys of its YAML file and fields of `nrt_fast.config.TrainConfig` have the
-same names. `nrt-fast init` writes them as a file to start from; other commands have some of them ([commands](commands.md)). An
-unknown field is an error, and so is one that could have no effect.
+Options of `nrt-fast train` on the command line, keys of its YAML file and fields of `nrt_fast.config.TrainConfig`
+have the same names. `nrt-fast init` writes them as a file to start from; other commands have some of them
+([commands](commands.md)). An unknown field is an error, and so is one that could have no effect.
 
-Two values are those on CUDA and on a CPU; lengths shrink with the model's context, batches with the data. The objective's
-defaults are those of nrt-ws; the other presets are in [their table](choosing.md). Where no default stands, the meaning says
-what happens. `nrt-fast train --dry_run` tells what each becomes.
+Two values are those on CUDA and on a CPU; lengths shrink with the model's context, batches with the data. The
+objective's defaults are those of nrt-ws; the other presets are in [their table](choosing.md). Where no default
+stands, the meaning says what happens. `nrt-fast train --dry_run` tells what each becomes.
 """
 
 
