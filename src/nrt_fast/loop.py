@@ -150,26 +150,28 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
     started = time.perf_counter()
     examples, before = run.take(), asdict(run.engine.counters)
     thoughts = think(run, examples, config.num_generations, config.temperature, progress.step, timer)
+    traces, scores = thoughts.traces, thoughts.scores
     with timer("score"):
-        scores = _with_baseline(run, examples, thoughts.scores)
-        rewards = reward(scores, thoughts.traces, run.objective, run.noise, [example.where for example in examples])
+        against = _with_baseline(run, examples, scores)
+        rewards = reward(against, traces, run.objective, run.noise, [example.where for example in examples])
     row = {}
     if config.num_generations:
-        row = rollout_metrics(examples, thoughts.traces, scores, rewards, run.objective)
+        # With b under the weights of now: beside older ones, what was memorised would count as gained by thinking.
+        row = rollout_metrics(examples, traces, scores, rewards, run.objective)
         counted = {name: total - before[name] for name, total in asdict(run.engine.counters).items()}
         row |= engine_metrics(distributed.total(counted, "the engine's counts"))
     with timer("train"):
         lr = learning_rate(
             progress.step, config.max_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_steps
         )
-        row |= learn(run, examples, thoughts.traces, scores, rewards, lr)
-    seconds, tokens = timer.take(), count_tokens(examples, thoughts.traces, config.num_generations)
+        row |= learn(run, examples, traces, scores, rewards, lr)
+    seconds, tokens = timer.take(), count_tokens(examples, traces, config.num_generations)
     progress.count(seconds, tokens)
     progress.num_tokens += tokens["train"]
     if config.eval_steps and progress.step % config.eval_steps == 0:
         held_out, _ = evaluate(run, NUM_PROGRESS)
         row |= {f"eval/{name}": value for name, value in held_out.items()}
-        sampled = examples, thoughts.traces, scores, rewards
+        sampled = examples, traces, scores, rewards
         distributed.on_first(write_completions, run.output_dir, progress.step, *sampled, run.tokenizer)
     return {
         "step": progress.step,
@@ -260,7 +262,7 @@ def evaluate(run: Run, num_items: int | None = None, num_samples: int = 0) -> tu
 
 
 def _with_baseline(run: Run, examples: list[Example], scores: Scores) -> Scores:
-    """The scores with b under the weights that the objective asks for."""
+    """The scores with b under the weights that the reward is measured against."""
     if run.objective.baseline == "ema":
         return replace(scores, baseline_logprobs=_baseline(run, run.ema.model, examples))
     if run.objective.baseline != "frozen":
