@@ -33,7 +33,9 @@ VARIANTS = {
     "LoRA, frozen baseline, minibatches": (
         {"use_peft": True, "lora_r": 4, "baseline": "frozen", "prompts_per_minibatch": 2}, (2,),
     ),
-    "sft, one prompt": ({"objective": "sft", "max_trace_length": None, "prompts_per_step": 1}, (2,)),
+    "sft, one prompt": (
+        {"objective": "sft", "max_trace_length": None, "num_generations": 8, "prompts_per_step": 1}, (2,),
+    ),
 }  # fmt: skip
 SAMPLED = ("prompt", "completion")
 SCHEDULE = {"nrt/rows_per_decode_step", "nrt/paused", "nrt/recomputed_tokens"}  # of each rank's own engine

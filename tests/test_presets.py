@@ -61,7 +61,7 @@ def default(train):
 def test_every_preset_trains(train, preset, monkeypatch):
     fields = {}
     if preset == "sft":
-        fields = {"max_trace_length": None}
+        fields = {"max_trace_length": None, "num_generations": 8}
         greedy = ops.sample_logprob
 
         def answers_only(logits, uniform, temperature):

@@ -26,7 +26,7 @@ VARIANTS = {
         "dtype": "bfloat16",
     },
     "LoRA, averaged baseline": {"use_peft": True, "use_rslora": True, "baseline": "ema"},
-    "sft, decay": {"objective": "sft", "max_trace_length": None, "lr_scheduler_type": "linear"},
+    "sft, decay": {"objective": "sft", "max_trace_length": None, "num_generations": 8, "lr_scheduler_type": "linear"},
 }  # fmt: skip
 NUM_KILLS = 20
 
