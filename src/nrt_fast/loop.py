@@ -33,7 +33,7 @@ from nrt_fast.pack import loss_tokens, pack
 from nrt_fast.plan import GIB
 from nrt_fast.report import Report
 from nrt_fast.resolve import NUM_PROGRESS
-from nrt_fast.rewards import Rewards, aggregate, reward
+from nrt_fast.rewards import Rewards, reward
 from nrt_fast.run import Run, prepare
 from nrt_fast.shares import deal, gather_rows, gather_thoughts, own_share
 from nrt_fast.signals import stop_requested
@@ -285,13 +285,9 @@ def _measure_noise(run: Run) -> float:
     """Noise of the run's own reward, from held-out items where there are any."""
     pool = run.data.heldout or run.data.train
     examples = list(islice(pool, NOISE_PROMPTS))
-
-    def own_reward(scores: Scores) -> list[Tensor]:
-        kind, scale = run.objective.reward, run.objective.reward_scale
-        return aggregate(scores.logprobs, scores.baseline_logprobs, kind, scale)[0]
-
     prompts, answers = [e.prompt_ids for e in examples], [e.answer_ids for e in examples]
-    return distributed.on_first(noise_floor, run.engine, prompts, answers, own_reward)
+    kind, scale = run.objective.reward, run.objective.reward_scale
+    return distributed.on_first(noise_floor, run.engine, prompts, answers, kind, scale)
 
 
 def _save(run: Run, progress: Progress) -> None:
