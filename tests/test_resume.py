@@ -150,6 +150,16 @@ def test_a_checkpoint_of_another_objective_is_refused(tiny_run, tmp_path, finish
         loop.train(config)
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")], ids=" to ".join)
+def test_a_checkpoint_in_another_dtype_is_refused(dtypes, tiny_run, tmp_path):
+    """The fp32 master of bf16 weights is their remainder: there is none to begin with, or it would be lost."""
+    before, now = dtypes
+    loop.train(tiny_run(tmp_path / "before", max_steps=1, dtype=before))
+    config = tiny_run(tmp_path / "now", dtype=now, resume_from_checkpoint=str(tmp_path / "before/checkpoint-1"))
+    with pytest.raises(UserError, match=f"the checkpoint's weights are {before}, this run's {now}; dtype decides"):
+        loop.train(config)
+
+
 def command(config, *argv):
     fields = ("dataset_name", "output_dir", "max_trace_length", "num_eval_prompts", "prompts_per_step", "max_steps")
     options = [f"--{name}={getattr(config, name)}" for name in fields]

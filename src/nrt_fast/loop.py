@@ -115,6 +115,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             stopped_on = [change.name for change in changes if change.raised and change.name in run.config.stop_alarms]
             stopping = distributed.any_of(stop or stopped_on)  # read once: what stops here is saved here
             if stopping or progress.step % run.config.save_steps == 0 or progress.step == num_steps:
+                with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
+                    metrics.sync()
                 _save(run, progress)
         if progress.step < num_steps:
             report.stopped(progress.step, stopped_on)
