@@ -268,7 +268,7 @@ class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     ddp_timeout: float = 1800.0
     """Seconds that a process waits for another one before the run ends and tells which."""
     resume_from_checkpoint: str = "auto"
-    """auto: the newest complete checkpoint of output_dir, else from scratch; false; or a checkpoint's path."""
+    """auto: the newest complete checkpoint of output_dir; false; or one's path, until output_dir has a later one."""
 
     def check(self) -> None:
         """Refuse values out of range, choices that contradict one another, and fields that could have no effect.

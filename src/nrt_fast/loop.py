@@ -86,7 +86,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     output_dir, num_steps = run.output_dir, run.config.max_steps
     resumed = distributed.on_first(checkpoint.to_resume, output_dir, run.config.resume_from_checkpoint)
     distributed.on_first(checkpoint.claim_folder, output_dir, run.identity)
-    progress = Progress() if resumed is None else Progress(**run.restore(resumed)["progress"])
+    state = None if resumed is None else run.restore(resumed)
+    progress = Progress() if state is None else Progress(**state["progress"])
     if progress.step >= num_steps and (summary := distributed.on_first(_summary_of, output_dir, progress.step)):
         distributed.say(f"{output_dir} is finished ({progress.step} steps); see {output_dir / 'summary.json'}")
         distributed.on_first(_share, run.config)
@@ -96,6 +97,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     health = Health(run.config.dtype, metrics.rows)
     with Report(run.config, metrics.last_seen) as report, stop_requested() as stop:
         report.start(run, progress.step)
+        if state is not None and (told := _schedule_change(run.config, state["config"]["max_steps"], progress.step)):
+            report.say(told)
         if progress.step == 0:
             report.say(f"measuring {len(run.data.heldout):,} held-out items before training")
             progress.before, before = evaluate(run, num_samples=NUM_SAMPLES)
@@ -163,9 +166,7 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
         counted = {name: total - before[name] for name, total in asdict(run.engine.counters).items()}
         row |= engine_metrics(distributed.total(counted, "the engine's counts"))
     with timer("train"):
-        lr = learning_rate(
-            progress.step, config.max_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_steps
-        )
+        lr = _learning_rate(config, progress.step, config.max_steps)
         row |= learn(run, examples, traces, scores, rewards, lr)
     seconds, tokens = timer.take(), count_tokens(examples, traces, config.num_generations)
     progress.count(seconds, tokens)
@@ -186,6 +187,20 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
         **{f"perf/{phase}_s": value for phase, value in seconds.items()},
         "perf/tokens_per_second": tokens["train"] / sum(seconds.values()),
     }
+
+
+def _learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
+    return learning_rate(step, num_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_steps)
+
+
+def _schedule_change(config: TrainConfig, before: int, step: int) -> str | None:
+    """What to say of a run of ``before`` steps that goes on after ``step`` with another length."""
+    for later in range(step + 1, min(before + 1, config.max_steps) + 1):
+        old, new = (_learning_rate(config, later, num_steps) for num_steps in (before, config.max_steps))
+        if old != new:
+            told = f"max_steps was {before:,} and is {config.max_steps:,}, which the schedule follows"
+            return f"{told}: the learning rate of step {later:,} is {new:g} instead of {old:g}"
+    return None
 
 
 def think(
