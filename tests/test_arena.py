@@ -18,7 +18,7 @@ VARIANTS = {
     "float32": {},
     "bfloat16, averaged baseline": {"dtype": "bfloat16", "baseline": "ema"},
     "minibatches, KL, frozen baseline": {"prompts_per_minibatch": 1, "beta": 0.1, "baseline": "frozen"},
-    "sft": {"objective": "sft", "max_trace_length": None},
+    "sft": {"objective": "sft", "max_trace_length": None, "num_generations": 8},
 }
 
 

@@ -152,6 +152,38 @@ def test_half_a_line_of_metrics_is_dropped(tmp_path):
     assert read_metrics(path) == [{"step": 1}, {"step": 2, "loss": 0.5}]
 
 
+@pytest.mark.parametrize("tail", ["\0\0\0\0\n", '{"step": 3, "lo\n', "{}\n\0\n\xff\x0c\0\0", "[3]\n"])
+def test_a_broken_end_of_metrics_is_told_and_dropped(tail, tmp_path, caplog):
+    """What a power loss leaves: zeros, half a line with more behind it, bytes of another file."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + tail.encode("latin1"))
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+    metrics = MetricsFile(path, last_step=2)
+    assert (metrics.rows, metrics.last_seen) == ([{"step": 1}, {"step": 2}], 2)
+    metrics.write({"step": 3})
+    metrics.sync()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    (record,) = caplog.records
+    assert record.getMessage() == f"{path} is broken from line 3 on, which is dropped"
+
+
+def test_a_broken_line_within_metrics_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n\0\0\n{"step": 3}\n')
+    for read in (read_metrics, lambda path: MetricsFile(path, last_step=1)):
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is broken, and later lines are not"):
+            read(path)
+    assert path.read_text().count("\n") == 3, "it is as it was"
+
+
+def test_metrics_are_on_the_disk_before_their_checkpoint(tiny_run, tmp_path, monkeypatch):
+    order, save, sync = [], loop._save, MetricsFile.sync
+    monkeypatch.setattr(loop, "_save", lambda run, progress: (order.append(progress.step), save(run, progress)))
+    monkeypatch.setattr(MetricsFile, "sync", lambda metrics: (order.append("metrics"), sync(metrics)))
+    loop.train(tiny_run(tmp_path / "run", max_steps=3, save_steps=2))
+    assert order == ["metrics", 2, "metrics", 3]
+
+
 @pytest.fixture(scope="module")
 def plain_model(make_module, tmp_path_factory):
     """A model whose tokenizer reserves nothing, so that a delimiter has to be added."""

@@ -260,7 +260,39 @@ def test_every_preset_is_valid(objective):
         ({"trace_loss": "none", "std_floor": 0.1}, "std_floor cannot take effect: trace_loss is none"),
         ({"objective": "sft", "format_coef": 0.1}, "format_coef cannot take effect: objective sft has no traces"),
         ({"objective": "rlpr", "answer_weight": "reward"}, "answer_weight cannot take effect: answer_coef is 0"),
-        ({"reward": "gm", "reward_scale": "weight"}, "reward_scale cannot take effect: reward gm has no token weights"),
+        *(
+            (
+                {"reward": reward, "reward_scale": "weight"},
+                f"reward_scale cannot take effect: reward {reward} has no weights to sum; ws_inv and ws_log have",
+            )
+            for reward in ("gm", "am", "r3")
+        ),
+        (
+            {"objective": "sft", "num_generations": 4},
+            "num_generations cannot take effect: objective sft has no traces",
+        ),
+        ({"objective": "sft", "temperature": 0.3}, "temperature cannot take effect: objective sft has no traces"),
+        *(
+            (
+                fields | {"answer_weight": "reward"},
+                f"answer_weight reward unlearns answers where R is negative, as {reward} can be; valid: reward prob, "
+                "am, gm, ws_inv or ws_log, or answer_weight fixed or derived",
+            )
+            for reward, fields in (
+                ("logp", {"objective": "jepo"}),
+                ("logp", {"reward": "logp", "reward_clip": "zero"}),
+                ("r3", {"objective": "r3"}),
+            )
+        ),
+        (
+            {"objective": "sft", "answer_coef": 0.0},
+            "answer_coef is 0 and trace_loss none: neither answers nor traces train; valid: answer_coef above 0",
+        ),
+        (
+            {"objective": "rlpr", "trace_loss": "none"},
+            "answer_coef is 0 and trace_loss none: neither answers nor traces train; valid: answer_coef above 0, or "
+            "trace_loss cispo, reinforce or ppo",
+        ),
         (
             {"objective": "jepo", "baseline": "ema"},
             "baseline cannot take effect: reward logp without a clip reads none",
@@ -284,6 +316,22 @@ def test_values_that_cannot_be(values, message):
     with pytest.raises(UserError) as raised:
         TrainConfig(**values).check()
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"reward": reward, "answer_weight": "reward"} for reward in ("prob", "am", "gm", "ws_inv", "ws_log")),
+        {"objective": "verifree", "reward": "logp", "answer_coef": 0.0},
+        {"trace_loss": "none"},
+        {"answer_coef": 0.0},
+        {"objective": "nrt-gm", "reward_clip": "none", "drop_cut_reward": True, "baseline": "frozen"},
+        {"reward": "ws_inv", "reward_scale": "weight"},
+    ],
+    ids=str,
+)
+def test_values_that_can_be(values):
+    TrainConfig(**values).check()
 
 
 # Help

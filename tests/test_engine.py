@@ -8,8 +8,9 @@ from nrt_fast.config import PRESETS
 from nrt_fast.engine import noise_floor
 from nrt_fast.optim import AdamW
 from nrt_fast.pack import loss_tokens, pack
+from nrt_fast.rewards import aggregate
 from nrt_fast.train_step import train_step
-from nrt_fast.types import ANSWER, TRACE, Example, UserError
+from nrt_fast.types import ANSWER, TRACE, Example, Scores, UserError
 
 TOLERANCE = 2e-5
 VOCABULARY, DELIMITER, EOS = 16, 3, (4, 5)  # so small that random models end traces in every way
@@ -246,8 +247,39 @@ def test_sampler_and_trainer_agree_on_step_1(temperature, module, tmp_path):
 
 
 def test_noise_floor_is_a_rounding_error(engine):
-    floor = noise_floor(engine, PROMPTS, ANSWERS, lambda scores: [row.sum()[None] for row in scores.baseline_logprobs])
-    assert 0 <= floor < TOLERANCE
+    assert 0 <= noise_floor(engine, PROMPTS, ANSWERS, "logp") < TOLERANCE
+
+
+class Rounding:
+    """Scores like an engine whose log-probabilities move by a known noise when an item is scored alone."""
+
+    def __init__(self, num_tokens, eps):
+        generator = torch.Generator().manual_seed(0)
+        self.rows = [-3 * torch.rand(num_tokens, generator=generator) for _ in range(64)]
+        self.moved = [(row + eps * torch.randn(num_tokens, generator=generator)).clamp(max=0.0) for row in self.rows]
+
+    def score(self, prompts, traces, answers):
+        rows = [(self.moved if len(prompts) == 1 else self.rows)[number] for (number,) in prompts]
+        return Scores([[row] for row in rows], rows)
+
+
+def test_noise_floor_of_r3_is_the_spread_of_a_group_of_equal_traces():
+    """R is a mean over tokens weighed by |d|, d the distance of two scores; the std of two is theirs over sqrt 2."""
+    engine, prompts, answers = Rounding(12, 0.02), [[number] for number in range(64)], [[1] * 12] * 64
+    distances = [a.double() - b.double() for a, b in zip(engine.rows, engine.moved, strict=True)]
+    expected = [float((d.abs() * d).sum() / d.abs().sum() / 12) / 2**0.5 for d in distances]
+    floor = noise_floor(engine, prompts, answers, "r3")
+    assert floor == pytest.approx((sum(std**2 for std in expected) / 64) ** 0.5, rel=1e-3)
+    traces = torch.randn(8, 12, generator=torch.Generator().manual_seed(1)) * 0.02 - 1
+    (group,), _ = aggregate([list(traces)], [torch.full((12,), -1.0)], "r3")
+    assert group.std() / 3 < floor < 3 * group.std(), "that of a group of eight is about the same"
+
+
+def test_noise_floor_of_a_mean_is_the_distance_of_two_scores():
+    engine = Rounding(12, 0.02)
+    distances = [float(a.exp().mean() - b.exp().mean()) for a, b in zip(engine.rows, engine.moved, strict=True)]
+    floor = noise_floor(engine, [[number] for number in range(64)], [[1] * 12] * 64, "am")
+    assert floor == pytest.approx((sum(d**2 for d in distances) / 64) ** 0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize(

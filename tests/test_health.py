@@ -1,6 +1,7 @@
 """Alarms: each is raised by its failure, none by a healthy run; they stop a run, and a resumed one tells the same."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,20 @@ def test_rows_without_traces_are_silent():
 )
 def test_repetition(ids, share):
     assert repetition(ids) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("fields", "share"), [({}, 0.5), ({"drop_cut_reward": True}, 0.75), ({"reward_clip": "none"}, 0.0)]
+)
+@pytest.mark.parametrize("preset", ["rlpr", "nrt-am"])
+def test_clipped_traces_are_those_that_do_not_beat_the_empty_one(preset, fields, share):
+    """Whether or not a share of the reward is for the delimiter, as it is in rlpr."""
+    objective = replace(PRESETS[preset], **fields)
+    scores = Scores([[torch.tensor([value, -0.1]) for value in (-0.1, -0.2, -0.5, -0.6)]], [torch.tensor([-0.5, -0.1])])
+    traces = Traces([[[40]] * 4], [[[-1.0]] * 4], [[-0.1, None, -0.1, None]])
+    rewards = reward(scores, traces, objective, 0.0, [""])
+    examples = [Example(0, [5], [30, 1], None, "", "", "")]
+    assert rollout_metrics(examples, traces, scores, rewards, objective)["nrt/frac_clipped"] == share
 
 
 # Runs

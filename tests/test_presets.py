@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from nrt_fast import loop, ops
+from nrt_fast.completions import read_completions
 from nrt_fast.config import PRESETS
 from nrt_fast.starter import MODEL_DIR
 
@@ -60,7 +61,7 @@ def default(train):
 def test_every_preset_trains(train, preset, monkeypatch):
     fields = {}
     if preset == "sft":
-        fields = {"max_trace_length": None}
+        fields = {"max_trace_length": None, "num_generations": 8}
         greedy = ops.sample_logprob
 
         def answers_only(logits, uniform, temperature):
@@ -130,6 +131,18 @@ def test_cut_traces_earn_what_an_empty_one_does(train):
     for row in dropped:
         assert row["completions/clipped_ratio"] > 0
         assert row["nrt/frac_clipped"] == row["nrt/frac_no_signal"] == 1
+
+
+@pytest.mark.parametrize("baseline", ["frozen", "ema"])
+def test_gain_is_that_of_the_current_weights_whatever_the_baseline(train, baseline):
+    """Without a trace loss the baseline trains nothing: it is in the reward alone."""
+    fields = {"trace_loss": "none", "learning_rate": 1e-2, "eval_steps": 3, "max_steps": 3}
+    (folder, rows), (other_folder, others) = train(**fields), train(**fields, baseline=baseline)
+    assert rows[2]["reward"] != others[2]["reward"]
+    for name in ("nrt/gain", "nrt/hard_token_gain", "nrt/logp_no_trace", "nrt/answer_logp"):
+        assert [row[name] for row in rows] == [row[name] for row in others], name
+    gains, other_gains = ([row["gain"] for row in read_completions(path, 3)] for path in (folder, other_folder))
+    assert gains == other_gains
 
 
 def test_average_of_bfloat16_weights_moves(train):

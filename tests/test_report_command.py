@@ -309,7 +309,7 @@ def test_what_the_loop_stores_is_what_was_measured(finished):
 
 
 def test_without_traces_the_reference_is_not_coloured(tiny_run, tmp_path):
-    loop.train(tiny_run(tmp_path / "run", objective="sft", max_trace_length=None, max_steps=1))
+    loop.train(tiny_run(tmp_path / "run", objective="sft", max_trace_length=None, num_generations=8, max_steps=1))
     text = written(tmp_path / "run")
     assert "(empty)" in text and "No reasoning is trained" in text
     assert 'class="down' not in text.split('id="traces"')[1].replace('<b class="down"', "")

@@ -26,7 +26,7 @@ VARIANTS = {
         "dtype": "bfloat16",
     },
     "LoRA, averaged baseline": {"use_peft": True, "use_rslora": True, "baseline": "ema"},
-    "sft, decay": {"objective": "sft", "max_trace_length": None, "lr_scheduler_type": "linear"},
+    "sft, decay": {"objective": "sft", "max_trace_length": None, "num_generations": 8, "lr_scheduler_type": "linear"},
 }  # fmt: skip
 NUM_KILLS = 20
 
@@ -48,6 +48,18 @@ def stop_in_every_step(config, monkeypatch):
         results = [loop.train(config) for _ in range(NUM_STEPS)]
     assert results[:-1] == [{"steps": number, "stopped_on": []} for number in range(1, NUM_STEPS)]
     return results[-1]
+
+
+def stop_in_step(number, patch):
+    """SIGTERM comes in the step of this number."""
+    step = loop.step
+
+    def interrupted(run, progress):
+        if progress.step == number:
+            signal.raise_signal(signal.SIGTERM)
+        return step(run, progress)
+
+    patch.setattr(loop, "step", interrupted)
 
 
 def assert_same_run(folder, other, measured):
@@ -126,14 +138,61 @@ def test_the_newest_complete_checkpoint_counts(damage, tiny_run, tmp_path, finis
     assert_same_run(folder, finished, measured)
 
 
-def test_going_back_leaves_the_later_course(tiny_run, tmp_path, finished, measured):
-    """From a named checkpoint the run's later steps are made anew, and auto then follows the new course."""
-    folder = tmp_path / "run"
+def test_a_checkpoint_to_start_from_is_left_behind(tiny_run, tmp_path, finished, measured, monkeypatch, capsys, caplog):
+    """The same command goes on, and says so of a finished run: no step is made twice, no checkpoint is lost."""
+    folder, start = tmp_path / "run", finished / "checkpoint-1"
+    config = tiny_run(
+        folder, max_steps=NUM_STEPS, eval_steps=2, save_total_limit=NUM_STEPS, resume_from_checkpoint=str(start)
+    )
+    for number in (2, 3):
+        with monkeypatch.context() as patch:
+            stop_in_step(number, patch)
+            assert loop.train(config)["steps"] == number
+    assert f"{start} is passed over: {folder}/checkpoint-2 is later" in caplog.text
+    assert loop.train(config)["steps"] == NUM_STEPS
+    assert measured(folder) == measured(finished)[1:]
+    assert checkpoints(folder) == checkpoints(finished)[1:]
+    loop.train(config)
+    assert f"{folder} is finished (5 steps)" in capsys.readouterr().out
+
+
+def test_an_earlier_checkpoint_of_its_own_does_not_take_a_run_back(tiny_run, tmp_path, finished, measured, monkeypatch):
+    """Another folder does, and the first course stays."""
+    step, steps = loop.step, []
+    monkeypatch.setattr(loop, "step", lambda run, progress: steps.append(progress.step) or step(run, progress))
+    folder, fields = tmp_path / "run", {"eval_steps": 2, "save_total_limit": NUM_STEPS, "max_steps": NUM_STEPS}
     shutil.copytree(finished, folder)
-    fields = {"eval_steps": 2, "save_total_limit": 2}
-    loop.train(tiny_run(folder, max_steps=3, resume_from_checkpoint=str(folder / "checkpoint-2"), **fields))
-    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-3"]
-    assert measured(folder) == measured(finished)[:3]
+    fields["resume_from_checkpoint"] = str(folder / "checkpoint-2")
+    assert loop.train(tiny_run(folder, **fields | {"max_steps": NUM_STEPS + 1}))["steps"] == NUM_STEPS + 1
+    assert steps == [NUM_STEPS + 1]
+    loop.train(tiny_run(tmp_path / "back", **fields))
+    assert steps == [NUM_STEPS + 1, 3, 4, 5]
+    assert measured(tmp_path / "back") == measured(finished)[2:]
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "told"),
+    [
+        ({"lr_scheduler_type": "linear"}, (2, 4), "step 3 is 0.0005 instead of 0"),
+        ({"warmup_steps": 0.5}, (4, 8), "step 3 is 0.00075 instead of 0.001"),
+        ({"warmup_steps": 3, "lr_scheduler_type": "cosine"}, (4, 6), "step 5 is 0.00075 instead of 0"),
+        ({"warmup_steps": 2}, (2, 4), None),
+        ({"warmup_steps": 0.5}, (4, 4), None),
+    ],
+    ids=["decay of a finished run", "back into the warm-up", "later", "constant", "as long"],
+)
+def test_a_schedule_that_follows_the_length_is_told(fields, steps, told, tiny_run, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in_step(2, patch)
+        loop.train(tiny_run(tmp_path, max_steps=steps[0], **fields))
+    capsys.readouterr()
+    loop.train(tiny_run(tmp_path, max_steps=steps[1], **fields))
+    start = f"max_steps was {steps[0]} and is {steps[1]}, which the schedule follows: the learning rate of "
+    lines = [line.removeprefix(start) for line in capsys.readouterr().out.splitlines() if line.startswith("max_steps")]
+    assert lines == ([told] if told else [])
+    if told:
+        _, step, _, rate, *_ = told.split()
+        assert read_metrics(tmp_path / "metrics.jsonl")[int(step) - 1]["learning_rate"] == pytest.approx(float(rate))
 
 
 def test_a_checkpoint_of_another_folder_starts_a_new_one(tiny_run, tmp_path, finished, measured):
@@ -147,6 +206,16 @@ def test_a_checkpoint_of_another_folder_starts_a_new_one(tiny_run, tmp_path, fin
 def test_a_checkpoint_of_another_objective_is_refused(tiny_run, tmp_path, finished):
     config = tiny_run(tmp_path / "run", baseline="ema", resume_from_checkpoint=str(finished / "checkpoint-3"))
     with pytest.raises(UserError, match=r"checkpoint-3 has no ema\.safetensors: it is of another objective"):
+        loop.train(config)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")], ids=" to ".join)
+def test_a_checkpoint_in_another_dtype_is_refused(dtypes, tiny_run, tmp_path):
+    """The fp32 master of bf16 weights is their remainder: there is none to begin with, or it would be lost."""
+    before, now = dtypes
+    loop.train(tiny_run(tmp_path / "before", max_steps=1, dtype=before))
+    config = tiny_run(tmp_path / "now", dtype=now, resume_from_checkpoint=str(tmp_path / "before/checkpoint-1"))
+    with pytest.raises(UserError, match=f"the checkpoint's weights are {before}, this run's {now}; dtype decides"):
         loop.train(config)
 
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/nrt_fast"
 KERNELS = ROOT / "triton_kernels"
 ROOMS = (  # an import goes to a lower rank only; rooms of one rank never import one another
-    {"types", "reference", "backward", "fakes", "metrics", "signals", "arena", "heap", "health", "watch"},
-    {"arguments", "config_checks", "distributed", "grading", "ops", "triton_kernels", "starter"},
+    {"types", "reference", "backward", "fakes", "signals", "arena", "heap", "health", "watch"},
+    {"arguments", "config_checks", "distributed", "grading", "metrics", "ops", "triton_kernels", "starter"},
     {"config", "kv_cache", "optim", "packed_attention", "tool_config"},
     {"data", "hub", "model", "plan", "resolve", "shell_completion", "streams", "trackers"},
     {"decode", "communication"},

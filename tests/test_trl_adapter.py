@@ -126,6 +126,10 @@ def test_a_frozen_baseline_keeps_the_first_weights(make_module):
         stand_in.model.model.layers[0].mlp.down_proj.weight.mul_(3)
     expected = expected_rewards(stand_in, PRESETS["rlpr"], baseline_module=first)
     assert stand_in.call(reward) == pytest.approx(expected, abs=MAX_ERROR)
+    live = StandIn(stand_in.model)
+    live.call(NRTReward("nrt-am"))
+    for name in ("nrt/gain", "nrt/logp_no_trace"):
+        assert stand_in.metrics[name] == pytest.approx(live.metrics[name], abs=MAX_ERROR), "of the live weights"
     assert "step 5" in error(StandIn(make_module(), global_step=5).call, NRTReward("rlpr"))
 
 

@@ -79,7 +79,7 @@ def save(
 ) -> Path:
     """Write ``checkpoint-<step>`` so that it is there whole or not at all; then drop what is not needed any more.
 
-    The newest ``keep`` up to this step stay. Later ones are of a course that the run has left, or are incomplete.
+    The newest ``keep`` up to this step stay. Later ones are incomplete: the run would have gone on from them.
     Every rank calls this. Each writes its slice of the optimizer's state, the first everything else.
 
     Args:
@@ -196,23 +196,31 @@ def to_resume(output_dir: Path, wanted: str) -> Path | None:
     """The checkpoint that a run goes on from, or None for a fresh start.
 
     Args:
-        wanted: auto, false, or a checkpoint's path.
+        wanted: auto, false, or the path of a checkpoint, which is where the run starts: given again, it goes on from
+            its own newest checkpoint, if that is a later one.
 
     Raises:
         UserError: false where there is a checkpoint, or a path that is not that of a complete one.
     """
+    found = newest(output_dir)
     if wanted not in ("auto", "false"):
         wrong = problem(Path(wanted))
         if wrong is not None:
             raise UserError(f"resume_from_checkpoint {wanted}: {wrong}; valid: auto, false, a complete checkpoint")
-        return Path(wanted)
-    found = newest(output_dir)
+        if found is None or _step_of(found) <= _step_of(Path(wanted)):
+            return Path(wanted)
+        logger.warning("%s is passed over: %s is later; another output_dir starts from it again", wanted, found)
+        return found
     if found is not None and wanted == "false":
         raise UserError(
             f"resume_from_checkpoint is false, but {output_dir} holds {found.name}; "
             "choose another output_dir or resume_from_checkpoint auto"
         )
     return found
+
+
+def _step_of(folder: Path) -> int:
+    return json.loads((folder / STATE).read_text())["progress"]["step"]
 
 
 def newest(output_dir: Path) -> Path | None:

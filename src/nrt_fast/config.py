@@ -195,7 +195,7 @@ class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     reward_scale: RewardScale | None = None
     """Whether a weighted reward is divided by the answer's length or by the sum of its weights."""
     std_floor: float | None = None
-    """Groups whose reward std is under it, or under 3 x noise, have no signal; 0.002, and 0 turns both bounds off."""
+    """Groups whose reward std is under it, or 3 times the measured noise, have no signal; 0.002, 0 turns both off."""
     epsilon: float | None = None
     """Lower clip of the importance ratio: 1 - epsilon."""
     epsilon_high: float | None = None
@@ -268,7 +268,7 @@ class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     ddp_timeout: float = 1800.0
     """Seconds that a process waits for another one before the run ends and tells which."""
     resume_from_checkpoint: str = "auto"
-    """auto: the newest complete checkpoint of output_dir, else from scratch; false; or a checkpoint's path."""
+    """auto: the newest complete checkpoint of output_dir; false; or one's path, until output_dir has a later one."""
 
     def check(self) -> None:
         """Refuse values out of range, choices that contradict one another, and fields that could have no effect.

@@ -148,6 +148,14 @@ def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
         yield f"reward {objective.reward} is measured against a baseline; baseline is none"
     if objective.baseline == "none" and objective.reward_clip != "none":
         yield f"reward_clip {objective.reward_clip} is a clip at a baseline; baseline is none"
+    if objective.answer_weight == "reward" and objective.answer_coef and objective.reward in ("logp", "r3"):
+        yield (
+            f"answer_weight reward unlearns answers where R is negative, as {objective.reward} can be; valid: reward "
+            "prob, am, gm, ws_inv or ws_log, or answer_weight fixed or derived"
+        )
+    if objective.trace_loss == "none" and not objective.answer_coef:
+        valid = "answer_coef above 0" + ("" if config.objective == "sft" else ", or trace_loss cispo, reinforce or ppo")
+        yield f"answer_coef is 0 and trace_loss none: neither answers nor traces train; valid: {valid}"
     for name in config.stop_alarms:
         if name not in ALARMS:
             guess = did_you_mean(name, ALARMS)
@@ -162,7 +170,7 @@ def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
 def _refuse_idle(config: TrainConfig | ExportConfig, rows: Iterable[tuple[str, bool, str]]) -> None:
     """UserError for the first field that is given and idle; rows are (fields, whether they are idle, why)."""
     for names, idle, reason in rows:
-        given = [name for name in names.split() if getattr(config, name) is not None]
+        given = [name for name in names.split() if getattr(config, name) != getattr(type(config), name)]
         if idle and given:
             raise UserError(f"{given[0]} cannot take effect: {reason}")
 
@@ -177,7 +185,8 @@ def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[st
     yield "prompt_field answer_field", builtin and config.eval_dataset_name is None, "the built-in tasks name theirs"
     yield (
         "reward baseline reward_clip advantage trace_loss answer_weight format_coef reward_scale std_floor epsilon"
-        " epsilon_high drop_cut_reward beta entropy_coef max_trace_length max_repeated_tokens stop_on",
+        " epsilon_high drop_cut_reward beta entropy_coef num_generations temperature max_trace_length"
+        " max_repeated_tokens stop_on",
         config.objective == "sft",
         "objective sft has no traces",
     )
@@ -187,7 +196,8 @@ def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[st
     yield "answer_weight", objective.answer_coef == 0, "answer_coef is 0"
     yield "lora_r lora_alpha lora_target_modules use_rslora", not config.use_peft, "use_peft is false"
     yield _idle_hub(config)
-    weighted = objective.reward in ("ws_inv", "ws_log", "r3")
-    yield "reward_scale", not weighted, f"reward {objective.reward} has no token weights"
-    unused = not weighted and objective.reward_clip == "none"
-    yield "baseline", unused and objective.baseline != "none", f"reward {objective.reward} without a clip reads none"
+    weighted = objective.reward in ("ws_inv", "ws_log")
+    yield "reward_scale", not weighted, f"reward {objective.reward} has no weights to sum; ws_inv and ws_log have"
+    reads_b = weighted or objective.reward == "r3" or objective.reward_clip != "none" or objective.drop_cut_reward
+    unused = not reads_b and objective.baseline != "none"
+    yield "baseline", unused, f"reward {objective.reward} without a clip reads none"

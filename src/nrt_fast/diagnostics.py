@@ -22,13 +22,13 @@ LONG_ANSWER = 8  # tokens without EOS; a trace that reasons may well say a short
 def rollout_metrics(
     examples: list[Example], traces: Traces, scores: Scores, rewards: Rewards, objective: Objective
 ) -> dict[str, float]:
-    """What was sampled and what it earned."""
+    """What was sampled and what it earned; ``scores`` are all of one set of weights, whatever the reward's baseline."""
     lengths = torch.tensor([float(len(ids)) for group in traces.trace_ids for ids in group])
     ends = [end is not None for group in traces.delimiter_logprobs for end in group]
     gains = [
         row - log_b for group, log_b in zip(scores.logprobs, scores.baseline_logprobs, strict=True) for row in group
     ]
-    raw, shaped = torch.cat(rewards.reward), torch.cat(rewards.shaped)
+    raw = torch.cat(rewards.reward)
     stds = torch.stack([r.std() if len(r) > 1 else torch.zeros(()) for r in rewards.shaped])
     pairs = [(ids, e.answer_ids) for e, group in zip(examples, traces.trace_ids, strict=True) for ids in group]
     return {
@@ -44,7 +44,7 @@ def rollout_metrics(
         "nrt/answer_logp": float(torch.cat([row for group in scores.logprobs for row in group]).mean()),
         "nrt/logp_no_trace": float(torch.cat(scores.baseline_logprobs).mean()),
         "nrt/frac_no_signal": 1.0 - mean(rewards.signal),
-        "nrt/frac_clipped": float((shaped == 0).float().mean()) if objective.reward_clip != "none" else 0.0,
+        "nrt/frac_clipped": _frac_clipped(rewards, ends, objective),
         "nrt/delimiter_rate": mean(ends),
         "nrt/repetition": mean(distributed.each(lambda pair: repetition(pair[0]), pairs)),
         "nrt/answer_copied": mean(distributed.each(lambda pair: _copied(*pair), pairs)),
@@ -159,6 +159,16 @@ def _logit_gradient(tokens: LossTokens, stats: TrainStats, kind_A: Tensor) -> fl
     Stands for the term's gradient norm, which would take a backward pass of its own.
     """
     return float((tokens.weight_A * -torch.expm1(stats.logprobs_A))[kind_A].norm()) / tokens.normalizer
+
+
+def _frac_clipped(rewards: Rewards, ends: list[bool], objective: Objective) -> float:
+    """Share of traces that earn no more than the empty one; the shaped reward may hold a format term beside it."""
+    if objective.reward_clip == "none":
+        return 0.0
+    clipped_N = torch.cat([reward_G <= base for reward_G, base in zip(rewards.reward, rewards.base, strict=True)])
+    if objective.drop_cut_reward:
+        clipped_N |= ~torch.tensor(ends, device=clipped_N.device)
+    return float(clipped_N.float().mean())
 
 
 def _hard_gain(examples: list[Example], gains: list[Tensor], baseline_logprobs: list[Tensor]) -> float:

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from nrt_fast.arena import Arena
 from nrt_fast.decode import MAX_STEPS, Decoding, Sampling, StepGraphs, prefill
@@ -15,6 +14,7 @@ from nrt_fast.evaluate import greedy_answers
 from nrt_fast.kv_cache import KVCache
 from nrt_fast.model import Model
 from nrt_fast.model.inference import Inference
+from nrt_fast.rewards import aggregate
 from nrt_fast.rollout import RolloutCounters, Room, rollout
 from nrt_fast.score import score
 from nrt_fast.streams import Group, Stream
@@ -369,12 +369,23 @@ def _joined(parts: list[Scores]) -> Scores:
 
 
 def noise_floor(
-    engine: Engine, prompts: list[list[int]], answers: list[list[int]], reward: Callable[[Scores], list[Tensor]]
+    engine: Engine, prompts: list[list[int]], answers: list[list[int]], kind: str, scale: str = "length"
 ) -> float:
     """Standard deviation of a reward between two batch shapes: what rounding alone can do to it.
 
-    The empty trace of each prompt is scored together with all others, and alone.
+    The empty trace of each prompt is scored together with all others, and alone. r3 weighs tokens by their spread over
+    a group, and a group of one has none: there both are a group, and its standard deviation counts.
+
+    Args:
+        kind, scale: of the reward, as ``aggregate`` takes them.
     """
-    together = reward(engine.score(prompts, [[[]] for _ in prompts], answers))
-    alone = [reward(engine.score([p], [[[]]], [a]))[0] for p, a in zip(prompts, answers, strict=True)]
-    return float((torch.cat(together) - torch.cat(alone)).square().mean().sqrt())
+    together = engine.score(prompts, [[[]] for _ in prompts], answers)
+    alone = [engine.score([p], [[[]]], [a]) for p, a in zip(prompts, answers, strict=True)]
+    if kind == "r3":
+        pairs = [[*group, *scores.logprobs[0]] for group, scores in zip(together.logprobs, alone, strict=True)]
+        return float(torch.stack(aggregate(pairs, together.baseline_logprobs, kind)[0]).var(dim=1).mean().sqrt())
+    one, other = (
+        torch.cat([R_G for s in parts for R_G in aggregate(s.logprobs, s.baseline_logprobs, kind, scale)[0]])
+        for parts in ([together], alone)
+    )
+    return float((one - other).square().mean().sqrt())

@@ -161,7 +161,7 @@ ALARMS = {
         "raise num_generations or temperature, lower std_floor; or stop: the task may be solved",
     ),
     "gain_falls": Alarm(
-        (GAIN, BASELINE), _gain_falls, "lower answer_coef or the epochs; baseline frozen keeps b where it was"
+        (GAIN, BASELINE), _gain_falls, "lower answer_coef or the epochs"
     ),
     "drift": Alarm(
         (DIFFERENCE,), _drift, "set dtype to float32 to see whether it is rounding; else please report it"

@@ -33,7 +33,7 @@ from nrt_fast.pack import loss_tokens, pack
 from nrt_fast.plan import GIB
 from nrt_fast.report import Report
 from nrt_fast.resolve import NUM_PROGRESS
-from nrt_fast.rewards import Rewards, aggregate, reward
+from nrt_fast.rewards import Rewards, reward
 from nrt_fast.run import Run, prepare
 from nrt_fast.shares import deal, gather_rows, gather_thoughts, own_share
 from nrt_fast.signals import stop_requested
@@ -86,7 +86,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     output_dir, num_steps = run.output_dir, run.config.max_steps
     resumed = distributed.on_first(checkpoint.to_resume, output_dir, run.config.resume_from_checkpoint)
     distributed.on_first(checkpoint.claim_folder, output_dir, run.identity)
-    progress = Progress() if resumed is None else Progress(**run.restore(resumed)["progress"])
+    state = None if resumed is None else run.restore(resumed)
+    progress = Progress() if state is None else Progress(**state["progress"])
     if progress.step >= num_steps and (summary := distributed.on_first(_summary_of, output_dir, progress.step)):
         distributed.say(f"{output_dir} is finished ({progress.step} steps); see {output_dir / 'summary.json'}")
         distributed.on_first(_share, run.config)
@@ -96,6 +97,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     health = Health(run.config.dtype, metrics.rows)
     with Report(run.config, metrics.last_seen) as report, stop_requested() as stop:
         report.start(run, progress.step)
+        if state is not None and (told := _schedule_change(run.config, state["config"]["max_steps"], progress.step)):
+            report.say(told)
         if progress.step == 0:
             report.say(f"measuring {len(run.data.heldout):,} held-out items before training")
             progress.before, before = evaluate(run, num_samples=NUM_SAMPLES)
@@ -115,6 +118,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             stopped_on = [change.name for change in changes if change.raised and change.name in run.config.stop_alarms]
             stopping = distributed.any_of(stop or stopped_on)  # read once: what stops here is saved here
             if stopping or progress.step % run.config.save_steps == 0 or progress.step == num_steps:
+                with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
+                    metrics.sync()
                 _save(run, progress)
         if progress.step < num_steps:
             report.stopped(progress.step, stopped_on)
@@ -150,26 +155,26 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
     started = time.perf_counter()
     examples, before = run.take(), asdict(run.engine.counters)
     thoughts = think(run, examples, config.num_generations, config.temperature, progress.step, timer)
+    traces, scores = thoughts.traces, thoughts.scores
     with timer("score"):
-        scores = _with_baseline(run, examples, thoughts.scores)
-        rewards = reward(scores, thoughts.traces, run.objective, run.noise, [example.where for example in examples])
+        against = _with_baseline(run, examples, scores)
+        rewards = reward(against, traces, run.objective, run.noise, [example.where for example in examples])
     row = {}
     if config.num_generations:
-        row = rollout_metrics(examples, thoughts.traces, scores, rewards, run.objective)
+        # With b under the weights of now: beside older ones, what was memorised would count as gained by thinking.
+        row = rollout_metrics(examples, traces, scores, rewards, run.objective)
         counted = {name: total - before[name] for name, total in asdict(run.engine.counters).items()}
         row |= engine_metrics(distributed.total(counted, "the engine's counts"))
     with timer("train"):
-        lr = learning_rate(
-            progress.step, config.max_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_steps
-        )
-        row |= learn(run, examples, thoughts.traces, scores, rewards, lr)
-    seconds, tokens = timer.take(), count_tokens(examples, thoughts.traces, config.num_generations)
+        lr = _learning_rate(config, progress.step, config.max_steps)
+        row |= learn(run, examples, traces, scores, rewards, lr)
+    seconds, tokens = timer.take(), count_tokens(examples, traces, config.num_generations)
     progress.count(seconds, tokens)
     progress.num_tokens += tokens["train"]
     if config.eval_steps and progress.step % config.eval_steps == 0:
         held_out, _ = evaluate(run, NUM_PROGRESS)
         row |= {f"eval/{name}": value for name, value in held_out.items()}
-        sampled = examples, thoughts.traces, scores, rewards
+        sampled = examples, traces, scores, rewards
         distributed.on_first(write_completions, run.output_dir, progress.step, *sampled, run.tokenizer)
     return {
         "step": progress.step,
@@ -182,6 +187,20 @@ def step(run: Run, progress: Progress) -> dict[str, float]:
         **{f"perf/{phase}_s": value for phase, value in seconds.items()},
         "perf/tokens_per_second": tokens["train"] / sum(seconds.values()),
     }
+
+
+def _learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
+    return learning_rate(step, num_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_steps)
+
+
+def _schedule_change(config: TrainConfig, before: int, step: int) -> str | None:
+    """What to say of a run of ``before`` steps that goes on after ``step`` with another length."""
+    for later in range(step + 1, min(before + 1, config.max_steps) + 1):
+        old, new = (_learning_rate(config, later, num_steps) for num_steps in (before, config.max_steps))
+        if old != new:
+            told = f"max_steps was {before:,} and is {config.max_steps:,}, which the schedule follows"
+            return f"{told}: the learning rate of step {later:,} is {new:g} instead of {old:g}"
+    return None
 
 
 def think(
@@ -260,7 +279,7 @@ def evaluate(run: Run, num_items: int | None = None, num_samples: int = 0) -> tu
 
 
 def _with_baseline(run: Run, examples: list[Example], scores: Scores) -> Scores:
-    """The scores with b under the weights that the objective asks for."""
+    """The scores with b under the weights that the reward is measured against."""
     if run.objective.baseline == "ema":
         return replace(scores, baseline_logprobs=_baseline(run, run.ema.model, examples))
     if run.objective.baseline != "frozen":
@@ -283,13 +302,9 @@ def _measure_noise(run: Run) -> float:
     """Noise of the run's own reward, from held-out items where there are any."""
     pool = run.data.heldout or run.data.train
     examples = list(islice(pool, NOISE_PROMPTS))
-
-    def own_reward(scores: Scores) -> list[Tensor]:
-        kind, scale = run.objective.reward, run.objective.reward_scale
-        return aggregate(scores.logprobs, scores.baseline_logprobs, kind, scale)[0]
-
     prompts, answers = [e.prompt_ids for e in examples], [e.answer_ids for e in examples]
-    return distributed.on_first(noise_floor, run.engine, prompts, answers, own_reward)
+    kind, scale = run.objective.reward, run.objective.reward_scale
+    return distributed.on_first(noise_floor, run.engine, prompts, answers, kind, scale)
 
 
 def _save(run: Run, progress: Progress) -> None:

@@ -13,6 +13,8 @@ from nrt_fast.arena import Arena
 from nrt_fast.reference.adamw import BLOCK
 from nrt_fast.types import UserError
 
+TENSORS = ("first", "second", "first_absmax", "second_absmax", "remainder")
+
 
 class AdamW:
     """Decoupled-weight-decay Adam (arXiv 1711.05101) with an exact fp32 master of bf16 weights.
@@ -93,25 +95,27 @@ class AdamW:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the weights, of the own slice; tensors are the live ones."""
-        names = ("first", "second", "first_absmax", "second_absmax", "remainder")
-        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
         return tensors | {"num_steps": torch.tensor([self.num_steps])}
 
     def ranges(self) -> dict[str, slice]:
-        """What ``state`` holds of the tensors of all ranks together."""
+        """The own part of all ranks' tensors together, by name: of any that a checkpoint may have."""
         blocks = slice(self.own.start // BLOCK, -(-self.own.stop // BLOCK))
-        own = {name: blocks if name.endswith("absmax") else self.own for name in self.state()}
+        own = {name: blocks if name.endswith("absmax") else self.own for name in TENSORS}
         return own | {"num_steps": slice(0, 1)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over a checkpoint's state, the own slice of it.
 
         Raises:
-            UserError: its moments are of another dtype.
+            UserError: its moments or its weights are of another dtype.
         """
         if state["first"].dtype != self.first.dtype:
             theirs, ours = (str(x.dtype).removeprefix("torch.") for x in (state["first"], self.first))
             raise UserError(f"the checkpoint's moments are {theirs}, this run's {ours}; adam_moments_dtype decides")
+        if state.keys() != self.state().keys():  # bf16 weights have the remainder of their fp32 master
+            theirs, ours = ("bfloat16" if "remainder" in x else "float32" for x in (state, self.state()))
+            raise UserError(f"the checkpoint's weights are {theirs}, this run's {ours}; dtype decides")
         self.num_steps = int(state["num_steps"])
         for name, tensor in self.state().items():
             if name != "num_steps":

@@ -39,7 +39,8 @@ from nrt_fast.trackers import find_trackers
 from nrt_fast.types import Example, UserError
 
 EMA_DECAY = 0.999
-# Fields that may change when a run goes on: they do not decide what its steps compute.
+# Fields that may change when a run goes on. They do not decide what its steps compute, but for the run's length: a rate
+# that decays, or warms up for a share of all steps, follows it, and the loop says so.
 FREE_FIELDS = {
     "output_dir", "max_steps", "num_train_epochs", "max_tokens_per_batch", "recompute", "save_steps",
     "save_total_limit", "logging_steps", "stop_on", "report_to", "resume_from_checkpoint", "num_processes",

@@ -6,16 +6,15 @@ from itertools import islice
 from typing import Any, get_args
 
 from rich.console import Console
-from torch import Tensor
 
 from nrt_fast.config import Objective, Reward, ScoreConfig
 from nrt_fast.engine import Engine, Thoughts, noise_floor
 from nrt_fast.heldout import item_fields, number, numbers, open_heldout, think_in_parts, trace_fields
 from nrt_fast.json_lines import JsonLines
-from nrt_fast.rewards import Rewards, aggregate, reward
+from nrt_fast.rewards import Rewards, reward
 from nrt_fast.score_report import Scored, Summary, cost_line, summarise, tables, verdict
 from nrt_fast.signals import stop_requested
-from nrt_fast.types import Example, Scores
+from nrt_fast.types import Example
 
 KINDS = get_args(Reward)
 WEIGHTED = ("am", "ws_inv", "ws_log", "r3")  # whose answer tokens differ in weight
@@ -57,14 +56,7 @@ def score_dataset(config: ScoreConfig) -> Summary:
 def measure_noise(engine: Engine, examples: list[Example]) -> dict[str, float]:
     """Noise of each kind of reward, as a run measures that of its own."""
     prompts, answers = [e.prompt_ids for e in examples], [e.answer_ids for e in examples]
-
-    def own(kind: str):
-        def rewards(scores: Scores) -> list[Tensor]:
-            return aggregate(scores.logprobs, scores.baseline_logprobs, kind)[0]
-
-        return rewards
-
-    return {kind: noise_floor(engine, prompts, answers, own(kind)) for kind in KINDS}
+    return {kind: noise_floor(engine, prompts, answers, kind) for kind in KINDS}
 
 
 def all_rewards(thoughts: Thoughts, noise: dict[str, float], names: list[str]) -> dict[str, Rewards]:

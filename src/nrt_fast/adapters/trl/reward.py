@@ -26,7 +26,7 @@ WITH_TRACE, WITHOUT = "answer_logprobs", "baseline_logprobs"
 
 @dataclass(frozen=True)
 class Judged:
-    """What the reward made of a batch; the NRT loss is made of it."""
+    """What the reward made of a batch, scores of the live weights; the NRT loss is made of it."""
 
     groups: Groups
     traces: Traces
@@ -109,8 +109,12 @@ class NRTReward:
         if not groups.rows:
             return groups.spread([])
         traces = as_traces(groups.take(completion_ids), policy.engine.delimiter_id)
-        scores = _given(groups, columns) if WITH_TRACE in columns else self._scores(policy, groups, traces.trace_ids)
-        rewards = reward(scores, traces, self.objective, 0.0, [example.where for example in groups.examples])
+        if WITH_TRACE in columns:
+            scores = _given(groups, columns)
+        else:
+            scores = policy.engine.score(groups.prompts, traces.trace_ids, groups.answers)
+        against, names = _with_baseline(policy, groups, scores), [example.where for example in groups.examples]
+        rewards = reward(against, traces, self.objective, 0.0, names)
         policy.judged = Judged(groups, traces, scores, rewards)
         if log_metric is not None:
             metrics = rollout_metrics(groups.examples, traces, scores, rewards, self.objective)
@@ -141,8 +145,7 @@ class NRTReward:
             max_trace_length=trainer.max_completion_length - 1, temperature=trainer.temperature,
             seed=int(torch.randint(2**62, ())), step=0,
         )  # fmt: skip
-        scores = self._with_baseline(policy, groups, thoughts.scores)
-        delimiter, traces = policy.engine.delimiter_id, thoughts.traces
+        delimiter, traces, scores = policy.engine.delimiter_id, thoughts.traces, thoughts.scores
         ends = traces.delimiter_logprobs
         completions = _joined(traces.trace_ids, [[[] if end is None else [delimiter] for end in g] for g in ends])
         logprobs = _joined(traces.logprobs, [[[] if end is None else [end] for end in group] for group in ends])
@@ -161,15 +164,6 @@ class NRTReward:
             raise UserError("the data set has no column answer, which holds the reference; its columns reach this "
                             f"function as {', '.join(sorted(columns))}")  # fmt: skip
         return group_rows(prompt_ids(trainer, prompts), prompts, columns["answer"], tokenizer_of(trainer))
-
-    def _scores(self, policy: Policy, groups: Groups, trace_ids: list[list[list[int]]]) -> Scores:
-        return self._with_baseline(policy, groups, policy.engine.score(groups.prompts, trace_ids, groups.answers))
-
-    def _with_baseline(self, policy: Policy, groups: Groups, scores: Scores) -> Scores:
-        if policy.frozen is None:
-            return scores
-        frozen = policy.frozen.score(groups.prompts, [[] for _ in groups.prompts], groups.answers)
-        return replace(scores, baseline_logprobs=frozen.baseline_logprobs)
 
 
 def _checked(objective: Preset | Objective) -> Objective:
@@ -194,6 +188,14 @@ def _frozen(engine: Engine, trainer: Any) -> Engine:
             "; valid: LoRA, or baseline 'current'"
         )
     return engine.on(engine.model.clone())
+
+
+def _with_baseline(policy: Policy, groups: Groups, scores: Scores) -> Scores:
+    """The scores with b under the weights that the reward is measured against."""
+    if policy.frozen is None:
+        return scores
+    frozen = policy.frozen.score(groups.prompts, [[] for _ in groups.prompts], groups.answers)
+    return replace(scores, baseline_logprobs=frozen.baseline_logprobs)
 
 
 def _given(groups: Groups, columns: dict[str, list]) -> Scores:
