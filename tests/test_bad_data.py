@@ -232,6 +232,13 @@ def test_delimiter_with_another_use(delimiter):
         data.choose_delimiter(word_tokenizer(), delimiter)
 
 
+def test_end_of_thinking_with_another_use():
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "</think>"})
+    with pytest.raises(UserError, match=r"</think> has another use.*valid: --delimiter with a token"):
+        data.choose_delimiter(tokenizer)
+
+
 def test_vocabulary_mismatch():
     with pytest.raises(
         UserError, match=r"vocabulary mismatch: the tokenizer's highest id is 5 .* the model has 5 rows"

@@ -95,6 +95,30 @@ BROKEN_MODELS = {
         lambda folder: edit_weights(folder, lambda tensors: poison(tensors, math.inf)),
         "{}: model.norm.weight holds NaN or Inf",
     ),
+    "config that is a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "{}/config.json is no JSON object",
+    ),
+    "width that is text": (
+        lambda folder: edit_config(folder, hidden_size="big"),
+        "{}/config.json describes no model: ",
+    ),
+    "heads that do not divide the width": (
+        lambda folder: edit_config(folder, num_attention_heads=7),
+        "{}/config.json describes no model: ValueError('The hidden size (128) is not a multiple of",
+    ),
+    "no heads": (
+        lambda folder: edit_config(folder, num_attention_heads=0, head_dim=None),
+        "{}/config.json describes no model: ",
+    ),
+    "RoPE without its numbers": (
+        lambda folder: edit_config(folder, rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}),
+        "{}/config.json describes no model: ",
+    ),
+    "generation config that is not JSON": (
+        lambda folder: truncate(folder / "generation_config.json"),
+        "{}/generation_config.json is not valid JSON: ",
+    ),
     "vocabulary mismatch": (cut_vocabulary, "but the model has 100 rows (ids 0 to 99)"),
     "no tokenizer": (
         lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],

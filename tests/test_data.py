@@ -192,6 +192,15 @@ def test_a_token_there_is_becomes_the_delimiter(special, text):
     assert len(tokenizer) == size
 
 
+@pytest.mark.parametrize("use", ["bos_token", "eos_token", "unk_token", "pad_token"])
+def test_a_reserved_token_with_a_use_is_left_alone(use):
+    first, second = "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"
+    for special, text in (([first, second], second), ([first], "</think>")):
+        tokenizer = word_tokenizer(*special)
+        setattr(tokenizer, use, first)
+        assert data.choose_delimiter(tokenizer).text == text
+
+
 def test_else_a_delimiter_is_added_once():
     tokenizer = word_tokenizer()
     size = len(tokenizer)
