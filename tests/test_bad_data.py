@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shutil
 
 import pytest
@@ -58,6 +59,9 @@ BAD_ROWS = {
     "answer truth": (row(question="one", answer=True), "row 2: field 'answer' holds bool, text is expected"),
     "no tokens": (row(question="one", answer="~~"), "row 2: the answer '~~' is empty after tokenisation"),
     "EOS alone": (row(question="one", answer="<eos>"), "row 2: the answer '<eos>' is empty after tokenisation"),
+    "NaN answer": (row(question="one", answer=math.nan), "row 2: field 'answer' is missing"),
+    "infinite question": (row(question=-math.inf, answer="one"), "row 2: field 'question' is missing"),
+    "NaN alias": (row(question="one", answer="two", aliases=[math.nan]), "row 2: field 'aliases[0]' is missing"),
     "half a pair": (b'{"question": "one", "answer": "\\ud800"}\n', "row 2: field 'answer' is not valid Unicode"),
     "bad spans": (
         row(question="one", answer="two", hard_spans=[3]),
@@ -87,6 +91,10 @@ BAD_TURNS = {
         "no answer (field 'messages' is empty)",
     ),
     "no user": ([{"role": "assistant", "content": "one"}], "no question (no user turn before the answer)"),
+    "NaN": (
+        [{"role": "user", "content": math.nan}, {"role": "assistant", "content": "two"}],
+        "field 'messages[0].content' is missing",
+    ),
     "not a message": (["one", {"role": "assistant", "content": "two"}], "messages[0] is not a message with a role"),
     "content list": (
         [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "two"}],
@@ -116,7 +124,7 @@ BAD_FILES = {
         "row 3: 3 cells, but the header names 2 (question, answer)",
     ),
     "quote.csv": (b'question,answer\none,"two\n', "invalid CSV"),
-    "long.csv": (b"question,answer\none," + b"x" * 200_000, "invalid CSV"),
+    "twice.csv": (b"question,answer,answer\none,two,three\n", "2 columns are named 'answer'; each needs its own name"),
     "utf8.csv": (b"question,answer\none,t\xff\n", "row 2: invalid UTF-8"),
     "a.parquet": (b"PAR1 not at all", "invalid Parquet"),
     "plain.jsonl.gz": (GOOD, "cannot be read"),
@@ -163,6 +171,21 @@ def test_folder_without_data(tmp_path):
     assert error_of(tmp_path).startswith(f"{tmp_path}: neither a file here nor a data set")
 
 
+def test_folder_of_files_that_differ(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "b.jsonl").write_bytes(row(question="one", answer="two", extra="three"))
+    assert error_of(tmp_path) == (
+        f"{tmp_path}: datasets cannot read it (its columns differ: there are 1 new columns ({{'extra'}}))"
+    )
+
+
+def test_folder_with_a_broken_file(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"question": "one", "ans')
+    assert error_of(tmp_path).startswith(f"{tmp_path}: datasets cannot read it (JSON parse error: ")
+
+
 def test_unknown_split(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.DatasetDict({"test": datasets.Dataset.from_list([{"a": 1}])}).save_to_disk(tmp_path / "d")
@@ -206,10 +229,23 @@ def test_chat_template_that_refuses(tmp_path):
     path.write_bytes(GOOD)
     refusing = word_tokenizer("{{ raise_exception('system turns only') }}")
     assert error_of(path, tokenizer=refusing).endswith("chat template refuses the prompt (system turns only)")
+    broken = word_tokenizer("{{ messages[0]['content'] + 1 }}")
+    assert error_of(path, tokenizer=broken).startswith(
+        f"{path}, row 1: the tokenizer's chat template refuses the prompt (can only concatenate str"
+    )
     assert error_of(path, tokenizer=word_tokenizer("{{ '' }}")).endswith(
         "row 1: the chat template makes an empty prompt"
     )
     assert "no chat template" in error_of(path, chat_template_kwargs={"enable_thinking": True})
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "tokenize", "continue_final_message"])
+def test_template_options_that_are_decided_here(tmp_path, name):
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    kwargs = {"enable_thinking": True, name: True}
+    assert error_of(tmp_path / "a.jsonl", tokenizer=word_tokenizer("{{ 'one' }}"), chat_template_kwargs=kwargs) == (
+        f"chat_template_kwargs: {name} is decided here; valid: options of the template's own"
+    )
 
 
 def test_weights_that_do_not_fit():

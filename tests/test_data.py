@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -90,6 +91,12 @@ def test_rows_are_numbered_by_their_lines(tmp_path):
     assert [row.where.rpartition(", ")[2] for row in data.read_rows(str(tmp_path / "a.csv"))] == ["row 2", "row 4"]
 
 
+def test_long_and_unnamed_csv_cells(tmp_path):
+    (tmp_path / "a.csv").write_text(f"question,,answer,\none,1,{'x ' * 100_000},2\n")
+    (row,) = data.read_rows(str(tmp_path / "a.csv"))
+    assert (row.fields["question"], len(row.fields["answer"])) == ("one", 200_000)
+
+
 def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_jsonl(tmp_path / "a.jsonl", QA)
@@ -155,6 +162,16 @@ def test_input_follows_the_instruction():
     schema = data.detect_schema([row])
     assert schema.pair(row).question == "one\n\ntwo"
     assert str(schema) == "instruction (+ input) + output"
+
+
+def test_gaps_of_number_columns_are_missing(tmp_path):
+    """pandas fills them with NaN."""
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [{"instruction": "one", "input": math.nan, "output": 2.5, "aliases": math.nan}])
+    (row,) = data.read_rows(str(path))
+    pair = data.detect_schema([row]).pair(row)
+    assert (pair.question, pair.answer, pair.aliases) == ("one", "2.5", ())
+    assert not data.Schema("instruction", "input").matches(row)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from nrt_fast.data.examples import HELDOUT_KEY, Examples, split_heldout
 from nrt_fast.data.limits import Limiter, Limits
 from nrt_fast.data.order import permutation
 from nrt_fast.data.read import BATCH_ROWS, Row, read_rows
-from nrt_fast.data.render import render
+from nrt_fast.data.render import check_template_kwargs, render
 from nrt_fast.data.schema import detect_schema
 from nrt_fast.types import UserError
 
@@ -55,7 +55,7 @@ class Loader:
         lines: what was detected, dropped and cut, for people.
 
     Raises:
-        UserError: chat_template_kwargs for a tokenizer without a chat template.
+        UserError: chat_template_kwargs that cannot take effect.
     """
 
     def __init__(
@@ -67,8 +67,7 @@ class Loader:
         chat_template_kwargs: dict[str, Any] | None = None,
         first_uid: int = 0,
     ):
-        if chat_template_kwargs and tokenizer.chat_template is None:
-            raise UserError("chat_template_kwargs cannot take effect: the tokenizer has no chat template")
+        check_template_kwargs(tokenizer, chat_template_kwargs)
         self.tokenizer, self.limits, self.chat_template_kwargs = tokenizer, limits, chat_template_kwargs
         self.prompt_field, self.answer_field = prompt_field, answer_field
         self.lines: list[str] = []
