@@ -29,9 +29,9 @@ def word_tokenizer(chat_template=None, eos_token="<eos>"):
 
 def error_of(path, limits=None, num_heldout=0, tokenizer=None, **fields):
     """The one line that loading the file ends with."""
-    config = TrainConfig(dataset_name=str(path), **fields)
+    config = TrainConfig(dataset_name=str(path), num_eval_prompts=num_heldout, **fields)
     with pytest.raises(UserError) as raised:
-        data.load_data(config, tokenizer or word_tokenizer(), limits or data.Limits(50, 50), num_heldout)
+        data.load_data(config, tokenizer or word_tokenizer(), limits or data.Limits(50, 50), 0)
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -192,6 +192,36 @@ def test_unknown_split(tmp_path):
     assert "train" in error_of(tmp_path / "d")
 
 
+def test_splits_of_what_has_none(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD)
+    datasets.Dataset.from_list([{"question": "one", "answer": "two"}]).save_to_disk(tmp_path / "d")
+    message = f"dataset_train_split test cannot take effect: no splits in {path}, {tmp_path / 'd'}"
+    assert error_of(f"{path},{tmp_path / 'd'}", dataset_train_split="test") == message
+    assert (
+        error_of(path, num_heldout=1, eval_dataset_name=str(tmp_path / "d"), dataset_eval_split="train")
+        == f"dataset_eval_split train cannot take effect: no splits in {tmp_path / 'd'}"
+    )
+    with pytest.raises(UserError, match="dataset_train_split test cannot take effect: no splits in the built-in tasks"):
+        data.load_data(TrainConfig(dataset_train_split="test"), word_tokenizer(), data.Limits(50, 50), 1)
+
+
+def test_what_is_trained_on_is_not_held_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/train.jsonl", "a/test.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(GOOD)
+    rest = "or no eval_dataset_name: then rows are held out of the training data"
+    assert error_of("a/train.jsonl", num_heldout=1, eval_dataset_name=f"{tmp_path}/a/train.jsonl") == (
+        f"eval_dataset_name {tmp_path}/a/train.jsonl is what is trained on; valid: other data, {rest}"
+    )
+    for split in (None, "train"):
+        assert error_of("a", num_heldout=1, eval_dataset_name="./a", dataset_eval_split=split) == (
+            f"eval_dataset_name ./a is what is trained on; valid: dataset_eval_split with another split of it, {rest}"
+        )
+
+
 @pytest.mark.parametrize("field", ["prompt_field", "answer_field"])
 def test_named_field_that_is_not_there(tmp_path, field):
     path = tmp_path / "a.jsonl"
@@ -221,7 +251,10 @@ def test_nothing_left_names_the_limit_and_the_shortest(tmp_path):
 def test_nothing_left_to_train_on(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD * 3)
-    assert error_of(path, num_heldout=3) == "3 rows are to be held out, but there are only 3 to train on"
+    assert error_of(path, num_heldout=3) == (
+        "num_eval_prompts: 3 rows are to be held out, but there are only 3 to train on; valid: at most 2, or an "
+        "eval_dataset_name"
+    )
 
 
 def test_chat_template_that_refuses(tmp_path):
