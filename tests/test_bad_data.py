@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shutil
 
 import pytest
@@ -28,9 +29,9 @@ def word_tokenizer(chat_template=None, eos_token="<eos>"):
 
 def error_of(path, limits=None, num_heldout=0, tokenizer=None, **fields):
     """The one line that loading the file ends with."""
-    config = TrainConfig(dataset_name=str(path), **fields)
+    config = TrainConfig(dataset_name=str(path), num_eval_prompts=num_heldout, **fields)
     with pytest.raises(UserError) as raised:
-        data.load_data(config, tokenizer or word_tokenizer(), limits or data.Limits(50, 50), num_heldout)
+        data.load_data(config, tokenizer or word_tokenizer(), limits or data.Limits(50, 50), 0)
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -58,6 +59,9 @@ BAD_ROWS = {
     "answer truth": (row(question="one", answer=True), "row 2: field 'answer' holds bool, text is expected"),
     "no tokens": (row(question="one", answer="~~"), "row 2: the answer '~~' is empty after tokenisation"),
     "EOS alone": (row(question="one", answer="<eos>"), "row 2: the answer '<eos>' is empty after tokenisation"),
+    "NaN answer": (row(question="one", answer=math.nan), "row 2: field 'answer' is missing"),
+    "infinite question": (row(question=-math.inf, answer="one"), "row 2: field 'question' is missing"),
+    "NaN alias": (row(question="one", answer="two", aliases=[math.nan]), "row 2: field 'aliases[0]' is missing"),
     "half a pair": (b'{"question": "one", "answer": "\\ud800"}\n', "row 2: field 'answer' is not valid Unicode"),
     "bad spans": (
         row(question="one", answer="two", hard_spans=[3]),
@@ -87,6 +91,10 @@ BAD_TURNS = {
         "no answer (field 'messages' is empty)",
     ),
     "no user": ([{"role": "assistant", "content": "one"}], "no question (no user turn before the answer)"),
+    "NaN": (
+        [{"role": "user", "content": math.nan}, {"role": "assistant", "content": "two"}],
+        "field 'messages[0].content' is missing",
+    ),
     "not a message": (["one", {"role": "assistant", "content": "two"}], "messages[0] is not a message with a role"),
     "content list": (
         [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "two"}],
@@ -116,7 +124,7 @@ BAD_FILES = {
         "row 3: 3 cells, but the header names 2 (question, answer)",
     ),
     "quote.csv": (b'question,answer\none,"two\n', "invalid CSV"),
-    "long.csv": (b"question,answer\none," + b"x" * 200_000, "invalid CSV"),
+    "twice.csv": (b"question,answer,answer\none,two,three\n", "2 columns are named 'answer'; each needs its own name"),
     "utf8.csv": (b"question,answer\none,t\xff\n", "row 2: invalid UTF-8"),
     "a.parquet": (b"PAR1 not at all", "invalid Parquet"),
     "plain.jsonl.gz": (GOOD, "cannot be read"),
@@ -163,10 +171,55 @@ def test_folder_without_data(tmp_path):
     assert error_of(tmp_path).startswith(f"{tmp_path}: neither a file here nor a data set")
 
 
+def test_folder_of_files_that_differ(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "b.jsonl").write_bytes(row(question="one", answer="two", extra="three"))
+    assert error_of(tmp_path) == (
+        f"{tmp_path}: datasets cannot read it (its columns differ: there are 1 new columns ({{'extra'}}))"
+    )
+
+
+def test_folder_with_a_broken_file(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b'{"question": "one", "ans')
+    assert error_of(tmp_path).startswith(f"{tmp_path}: datasets cannot read it (JSON parse error: ")
+
+
 def test_unknown_split(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.DatasetDict({"test": datasets.Dataset.from_list([{"a": 1}])}).save_to_disk(tmp_path / "d")
     assert "train" in error_of(tmp_path / "d")
+
+
+def test_splits_of_what_has_none(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD)
+    datasets.Dataset.from_list([{"question": "one", "answer": "two"}]).save_to_disk(tmp_path / "d")
+    message = f"dataset_train_split test cannot take effect: no splits in {path}, {tmp_path / 'd'}"
+    assert error_of(f"{path},{tmp_path / 'd'}", dataset_train_split="test") == message
+    assert (
+        error_of(path, num_heldout=1, eval_dataset_name=str(tmp_path / "d"), dataset_eval_split="train")
+        == f"dataset_eval_split train cannot take effect: no splits in {tmp_path / 'd'}"
+    )
+    with pytest.raises(UserError, match="dataset_train_split test cannot take effect: no splits in the built-in tasks"):
+        data.load_data(TrainConfig(dataset_train_split="test"), word_tokenizer(), data.Limits(50, 50), 1)
+
+
+def test_what_is_trained_on_is_not_held_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/train.jsonl", "a/test.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(GOOD)
+    rest = "or no eval_dataset_name: then rows are held out of the training data"
+    assert error_of("a/train.jsonl", num_heldout=1, eval_dataset_name=f"{tmp_path}/a/train.jsonl") == (
+        f"eval_dataset_name {tmp_path}/a/train.jsonl is what is trained on; valid: other data, {rest}"
+    )
+    for split in (None, "train"):
+        assert error_of("a", num_heldout=1, eval_dataset_name="./a", dataset_eval_split=split) == (
+            f"eval_dataset_name ./a is what is trained on; valid: dataset_eval_split with another split of it, {rest}"
+        )
 
 
 @pytest.mark.parametrize("field", ["prompt_field", "answer_field"])
@@ -198,7 +251,10 @@ def test_nothing_left_names_the_limit_and_the_shortest(tmp_path):
 def test_nothing_left_to_train_on(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD * 3)
-    assert error_of(path, num_heldout=3) == "3 rows are to be held out, but there are only 3 to train on"
+    assert error_of(path, num_heldout=3) == (
+        "num_eval_prompts: 3 rows are to be held out, but there are only 3 to train on; valid: at most 2, or an "
+        "eval_dataset_name"
+    )
 
 
 def test_chat_template_that_refuses(tmp_path):
@@ -206,10 +262,23 @@ def test_chat_template_that_refuses(tmp_path):
     path.write_bytes(GOOD)
     refusing = word_tokenizer("{{ raise_exception('system turns only') }}")
     assert error_of(path, tokenizer=refusing).endswith("chat template refuses the prompt (system turns only)")
+    broken = word_tokenizer("{{ messages[0]['content'] + 1 }}")
+    assert error_of(path, tokenizer=broken).startswith(
+        f"{path}, row 1: the tokenizer's chat template refuses the prompt (can only concatenate str"
+    )
     assert error_of(path, tokenizer=word_tokenizer("{{ '' }}")).endswith(
         "row 1: the chat template makes an empty prompt"
     )
     assert "no chat template" in error_of(path, chat_template_kwargs={"enable_thinking": True})
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "tokenize", "continue_final_message"])
+def test_template_options_that_are_decided_here(tmp_path, name):
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    kwargs = {"enable_thinking": True, name: True}
+    assert error_of(tmp_path / "a.jsonl", tokenizer=word_tokenizer("{{ 'one' }}"), chat_template_kwargs=kwargs) == (
+        f"chat_template_kwargs: {name} is decided here; valid: options of the template's own"
+    )
 
 
 def test_weights_that_do_not_fit():
@@ -230,6 +299,13 @@ def test_delimiter_of_several_tokens():
 def test_delimiter_with_another_use(delimiter):
     with pytest.raises(UserError, match="which has another use"):
         data.choose_delimiter(word_tokenizer(), delimiter)
+
+
+def test_end_of_thinking_with_another_use():
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "</think>"})
+    with pytest.raises(UserError, match=r"</think> has another use.*valid: --delimiter with a token"):
+        data.choose_delimiter(tokenizer)
 
 
 def test_vocabulary_mismatch():

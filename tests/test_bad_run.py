@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -95,6 +96,30 @@ BROKEN_MODELS = {
         lambda folder: edit_weights(folder, lambda tensors: poison(tensors, math.inf)),
         "{}: model.norm.weight holds NaN or Inf",
     ),
+    "config that is a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "{}/config.json is no JSON object",
+    ),
+    "width that is text": (
+        lambda folder: edit_config(folder, hidden_size="big"),
+        "{}/config.json describes no model: ",
+    ),
+    "heads that do not divide the width": (
+        lambda folder: edit_config(folder, num_attention_heads=7),
+        "{}/config.json describes no model: ValueError('The hidden size (128) is not a multiple of",
+    ),
+    "no heads": (
+        lambda folder: edit_config(folder, num_attention_heads=0, head_dim=None),
+        "{}/config.json describes no model: ",
+    ),
+    "RoPE without its numbers": (
+        lambda folder: edit_config(folder, rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}),
+        "{}/config.json describes no model: ",
+    ),
+    "generation config that is not JSON": (
+        lambda folder: truncate(folder / "generation_config.json"),
+        "{}/generation_config.json is not valid JSON: ",
+    ),
     "vocabulary mismatch": (cut_vocabulary, "but the model has 100 rows (ids 0 to 99)"),
     "no tokenizer": (
         lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
@@ -123,7 +148,7 @@ BAD_FIELDS = {
     "unknown device": ({"device": "abacus"}, "device 'abacus' is unknown; valid: auto, cpu, cuda, cuda:N"),
     "unsupported device": ({"device": "meta"}, "device 'meta' is not supported; valid: auto, cpu, cuda, cuda:N"),
     "unknown tracker": ({"report_to": "wandbee"}, "report_to 'wandbee' is unknown; valid: trackio, wandb, tensorboard"),
-    "more held out than there is": ({"num_eval_prompts": 10}, "10 rows are to be held out, but there are only 10"),
+    "more held out than there is": ({"num_eval_prompts": 10}, "num_eval_prompts: 10 rows are to be held out, but"),
     "no checkpoint there": (
         {"resume_from_checkpoint": "./nowhere"},
         "resume_from_checkpoint ./nowhere: manifest.json cannot be read",
@@ -163,6 +188,20 @@ def test_a_folder_of_another_run(refused, tiny_run, tmp_path):
     assert "resume_from_checkpoint is false, but" in refused(resume_from_checkpoint="false")
     (tmp_path / "run/run.json").write_text("{")
     assert f"{tmp_path}/run/run.json cannot be read" in refused()
+
+
+def test_data_that_was_edited_since_the_checkpoint(refused, tiny_run, tmp_path):
+    path, run = tmp_path / "pairs.jsonl", tmp_path / "run"
+    text = Path(tiny_run(run).dataset_name).read_text()
+    path.write_text(text)
+    loop.train(tiny_run(run, dataset_name=str(path), max_steps=1))
+    path.write_text(text.replace('"answer": "', '"answer": "so '))
+    assert refused(dataset_name=str(path), max_steps=2) == (
+        f"the data changed since the checkpoint in {path}: [8] rows then, [8] now; valid: the data as it was, or "
+        "another output_dir to start anew"
+    )
+    path.write_text(text)
+    assert loop.train(tiny_run(run, dataset_name=str(path), max_steps=2))["steps"] == 2
 
 
 @pytest.mark.parametrize("place", ["{}/file", "{}/file/deeper", "/proc/run"])

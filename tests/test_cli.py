@@ -304,6 +304,14 @@ def test_every_preset_is_valid(objective):
             "format_coef is 1.5; as a share of the reward it should be at most 1",
         ),
         ({"answer_field": "a"}, "answer_field cannot take effect: the built-in tasks name theirs"),
+        (
+            {"dataset_name": "a", "dataset_eval_split": "test"},
+            "dataset_eval_split cannot take effect: there is no eval_dataset_name",
+        ),
+        (
+            {"eval_dataset_name": "a", "num_eval_prompts": 0},
+            "eval_dataset_name cannot take effect: num_eval_prompts is 0",
+        ),
         ({"dataset_name": " , "}, "dataset_name is empty; leave it out for the built-in tasks"),
         ({"dataset_name": "a,b", "dataset_weights": [1.0]}, "dataset_weights has 1 numbers for 2 data sets"),
         (

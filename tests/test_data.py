@@ -3,7 +3,9 @@
 import csv
 import gzip
 import json
+import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -13,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from nrt_fast import data
 from nrt_fast.config import TrainConfig
 from nrt_fast.data.load import NUM_BUILTIN_ROWS
+from nrt_fast.data.order import permutation
 from nrt_fast.data.render import plain_prompt
 from nrt_fast.starter import MODEL_DIR
-from nrt_fast.types import UserError
+from nrt_fast.types import Example, UserError
 
 WIDE = data.Limits(max_prompt_length=100, max_answer_length=100)
 QA = [{"question": "one two", "answer": "three"}, {"question": 'zwei, "drei"\nvier', "answer": "fünf 五"}]
@@ -90,6 +93,12 @@ def test_rows_are_numbered_by_their_lines(tmp_path):
     assert [row.where.rpartition(", ")[2] for row in data.read_rows(str(tmp_path / "a.csv"))] == ["row 2", "row 4"]
 
 
+def test_long_and_unnamed_csv_cells(tmp_path):
+    (tmp_path / "a.csv").write_text(f"question,,answer,\none,1,{'x ' * 100_000},2\n")
+    (row,) = data.read_rows(str(tmp_path / "a.csv"))
+    assert (row.fields["question"], len(row.fields["answer"])) == ("one", 200_000)
+
+
 def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_jsonl(tmp_path / "a.jsonl", QA)
@@ -157,6 +166,16 @@ def test_input_follows_the_instruction():
     assert str(schema) == "instruction (+ input) + output"
 
 
+def test_gaps_of_number_columns_are_missing(tmp_path):
+    """pandas fills them with NaN."""
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [{"instruction": "one", "input": math.nan, "output": 2.5, "aliases": math.nan}])
+    (row,) = data.read_rows(str(path))
+    pair = data.detect_schema([row]).pair(row)
+    assert (pair.question, pair.answer, pair.aliases) == ("one", "2.5", ())
+    assert not data.Schema("instruction", "input").matches(row)
+
+
 @pytest.mark.parametrize(
     ("fields", "names", "question", "answer"),
     [
@@ -190,6 +209,15 @@ def test_a_token_there_is_becomes_the_delimiter(special, text):
     size = len(tokenizer)
     assert data.choose_delimiter(tokenizer) == data.Delimiter(tokenizer.convert_tokens_to_ids(text), text, added=False)
     assert len(tokenizer) == size
+
+
+@pytest.mark.parametrize("use", ["bos_token", "eos_token", "unk_token", "pad_token"])
+def test_a_reserved_token_with_a_use_is_left_alone(use):
+    first, second = "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"
+    for special, text in (([first, second], second), ([first], "</think>")):
+        tokenizer = word_tokenizer(*special)
+        setattr(tokenizer, use, first)
+        assert data.choose_delimiter(tokenizer).text == text
 
 
 def test_else_a_delimiter_is_added_once():
@@ -328,17 +356,54 @@ def test_aliases_of_real_data(shared_data):
 def test_several_data_sets(tmp_path):
     first = write_jsonl(tmp_path / "a.jsonl", numbered_rows(30))
     second = write_jsonl(tmp_path / "b.jsonl", numbered_rows(20, "four"))
-    config = TrainConfig(dataset_name=f"{first}, {second}", seed=1)
-    loaded = data.load_data(config, word_tokenizer(), WIDE, 10)
+    config = TrainConfig(dataset_name=f"{first}, {second}", seed=1, num_eval_prompts=10)
+    loaded = data.load_data(config, word_tokenizer(), WIDE, 0)
     uids = [example.uid for example in loaded.train]
     heldout = [example.uid for example in loaded.heldout]
     assert sorted(uids + heldout) == list(range(50))
     assert uids == sorted(uids)
     assert loaded.num_per_dataset == [sum(uid < 30 for uid in uids), sum(uid >= 30 for uid in uids)]
-    again = data.load_data(config, word_tokenizer(), WIDE, 10)
+    again = data.load_data(config, word_tokenizer(), WIDE, 0)
     assert [example.uid for example in again.heldout] == heldout
-    other = data.load_data(TrainConfig(dataset_name=[first, second], seed=2), word_tokenizer(), WIDE, 10)
+    assert again.digests == loaded.digests
+    assert [name for name, _ in loaded.digests] == [first, second]
+    other = data.load_data(replace(config, seed=2), word_tokenizer(), WIDE, 0)
     assert [example.uid for example in other.heldout] != heldout
+    assert other.digests != loaded.digests
+
+
+@pytest.mark.parametrize(("num_rows", "wanted", "num_heldout"), [(2, 64, 1), (20, 64, 2), (639, 64, 63), (650, 64, 64)])
+def test_few_rows_have_a_tenth_held_out(tmp_path, num_rows, wanted, num_heldout):
+    path = write_jsonl(tmp_path / "a.jsonl", numbered_rows(num_rows))
+    loaded = data.load_data(TrainConfig(dataset_name=path), word_tokenizer(), WIDE, wanted)
+    assert (len(loaded.heldout), len(loaded.train)) == (num_heldout, num_rows - num_heldout)
+    _, same = data.split_heldout(num_rows, num_heldout, seed=0)
+    assert [example.uid for example in loaded.heldout] == same
+
+
+def test_held_out_data_has_a_split_of_its_own(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name, answer in (("train", "three"), ("test", "four")):
+        write_jsonl(folder / f"{name}.jsonl", numbered_rows(4, answer))
+    other = write_jsonl(tmp_path / "b.jsonl", numbered_rows(4, "five"))
+    for trained, split, answer in ((str(folder), "test", "four"), (other, "test", "four"), (other, None, "three")):
+        config = TrainConfig(
+            dataset_name=trained, eval_dataset_name=str(folder), dataset_eval_split=split, num_eval_prompts=3
+        )
+        loaded = data.load_data(config, word_tokenizer(), WIDE, 0)
+        assert {example.answer for example in loaded.heldout} == {answer}
+        assert len(loaded.train) == 4
+
+
+def test_what_is_trained_on_and_held_out_is_counted(tmp_path):
+    rows = [{"question": f"{number} one", "answer": "two"} for number in ("two", "three", "four", "five")]
+    train, heldout = write_jsonl(tmp_path / "a.jsonl", rows[:3]), write_jsonl(tmp_path / "b.jsonl", rows[1:])
+    config = TrainConfig(dataset_name=train, eval_dataset_name=heldout, num_eval_prompts=3)
+    loaded = data.load_data(config, word_tokenizer(), WIDE, 0)
+    assert loaded.lines[-1] == "2 of 3 held-out questions are trained on as well"
+    apart = data.load_data(TrainConfig(dataset_name=train, num_eval_prompts=1), word_tokenizer(), WIDE, 0)
+    assert apart.lines == [f"{train}: 3 rows, question + answer"]
 
 
 def test_named_heldout_data_leaves_the_training_data_whole(tmp_path):
@@ -378,16 +443,42 @@ def test_order_depends_on_the_seed_alone():
     assert data.Order([50], seed=1).take(50) != data.Order([50], seed=2).take(50)
 
 
+def steps(order, num_rows, num_steps):
+    return [order.take(num_rows) for _ in range(num_steps)]
+
+
 @pytest.mark.parametrize("weights", [None, [1.0, 2.5, 0.1]])
-def test_order_resumes_anywhere(weights):
-    whole = data.Order([5, 6, 7], weights, seed=9).take(100)
-    for position in (0, 1, 17, 18, 19, 63):
+@pytest.mark.parametrize("num_rows", [1, 7, 17, 18])
+def test_order_resumes_anywhere(weights, num_rows):
+    whole = steps(data.Order([5, 6, 7], weights, seed=9), num_rows, 40)
+    for position in range(40):
         before = data.Order([5, 6, 7], weights, seed=9)
-        before.take(position)
+        steps(before, num_rows, position)
         after = data.Order([5, 6, 7], weights, seed=9)
         after.load_state_dict(json.loads(json.dumps(before.state_dict())))
-        assert after.position == position
-        assert after.take(100 - position) == whole[position:]
+        assert after.position == position * num_rows
+        assert steps(after, num_rows, 40 - position) == whole[position:]
+
+
+@pytest.mark.parametrize("num_rows", [3, 16, 19])
+def test_no_step_has_a_row_twice(num_rows):
+    """Where a pass ends in a step, rows of the next one that the step has already come in the step after it."""
+    taken = steps(data.Order([20], seed=5), num_rows, 60)
+    assert all(len(set(rows)) == num_rows for rows in taken)
+    drawn = [row for rows in taken for row in rows]
+    for start in range(0, len(drawn) - 20, 20):
+        assert sorted(drawn[start : start + 20]) == list(range(20))
+    plain = [row for epoch in range(60) for row in permutation(20, 5, 0, epoch).tolist()]
+    plain = [plain[start : start + num_rows] for start in range(0, 60 * num_rows, num_rows)]
+    first = next((index for index, rows in enumerate(plain) if len(set(rows)) < num_rows), len(plain))
+    assert taken[:first] == plain[:first], "before the first such step nothing changes"
+
+
+def test_a_data_set_that_is_smaller_than_its_share_of_a_step_comes_again():
+    order = data.Order([2, 30], [1.0, 1.0], seed=1)
+    for rows in steps(order, 10, 20):
+        assert Counter(row for row in rows if row < 2) in ({0: 3, 1: 2}, {0: 2, 1: 3})
+        assert len({row for row in rows if row >= 2}) == 5
 
 
 def test_far_positions_are_reached_at_once():
@@ -406,10 +497,33 @@ def test_weights_are_kept_at_any_moment():
     assert Counter(row for row in rows if row < 10) == dict.fromkeys(range(10), 150)
 
 
-def test_a_changed_data_set_is_noticed():
-    order = data.Order([10])
-    with pytest.raises(UserError, match="10"):
-        order.load_state_dict(data.Order([11]).state_dict())
+def test_a_changed_data_set_is_noticed(tmp_path):
+    def order(answer, num_rows=5):
+        names = [write_jsonl(tmp_path / "a.jsonl", numbered_rows(5)), str(tmp_path / "b.jsonl")]
+        write_jsonl(tmp_path / "b.jsonl", numbered_rows(num_rows, answer))
+        config = TrainConfig(dataset_name=names, num_eval_prompts=0)
+        loaded = data.load_data(config, word_tokenizer(), WIDE, 0)
+        return data.Order(loaded.num_per_dataset, seed=1, digests=loaded.digests)
+
+    state, valid = order("four").state_dict(), "valid: the data as it was, or another output_dir to start anew"
+    order("four").load_state_dict(state)
+    for changed, now in ((("five",), 10), (("four", 6), 11), (("four four",), 10)):
+        with pytest.raises(UserError) as raised:
+            order(*changed).load_state_dict(state)
+        assert str(raised.value) == (
+            f"the data changed since the checkpoint in {tmp_path}/b.jsonl: [10] rows then, [{now}] now; {valid}"
+        )
+    order("five").load_state_dict({"sizes": [10], "drawn": [3]})  # of a version that kept no hash
+
+
+def test_the_hash_knows_where_prompts_and_answers_end():
+    def digest(*parts):
+        rows = zip(parts[::2], parts[1::2], strict=True)
+        return data.Examples(Example(0, *row, None, "", "", "") for row in rows).sha256()
+
+    texts = [([1, 2], [3], [4], [5]), ([1], [2, 3], [4], [5]), ([1, 2], [3, 4], [5], [6]), ([1, 2], [3, 4])]
+    assert len({digest(*text) for text in texts}) == len(texts)
+    assert digest(*texts[0]) == digest(*texts[0])
 
 
 # What is shown

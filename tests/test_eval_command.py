@@ -123,7 +123,8 @@ def test_aliases_and_the_reference_as_its_ids_read_are_right():
 def test_aliases_of_a_file_count(tmp_path):
     """Every answer that the model gives becomes an alias: all of them are right then, and none was before."""
     rows = [{"question": f"take {n} plus 1 ?", "answer": "tiger maple"} for n in range(4)]
-    config = EvalConfig(device="cpu", temperature=0.0, max_prompt_length=32, max_trace_length=12, max_answer_length=12)
+    lengths = {"max_prompt_length": 32, "max_trace_length": 12, "max_answer_length": 12}
+    config = EvalConfig(device="cpu", temperature=0.0, num_prompts=4, **lengths)
     for name, accuracy in (("plain", 0), ("aliased", 1)):
         path, folder = tmp_path / f"{name}.jsonl", tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,14 +1,20 @@
 """The decoder: extend, decode and packed against transformers, and Hugging Face folders in and out."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nrt_fast import Model, ops
+from nrt_fast.config import ScoreConfig
+from nrt_fast.data import Delimiter
 from nrt_fast.kv_cache import NO_PREFIX, Sequence
 from nrt_fast.model.inference import Inference
+from nrt_fast.source import open_source
+from nrt_fast.starter import MODEL_DIR
 from nrt_fast.types import PackedBatch
 
 TOLERANCE = 2e-5
@@ -222,6 +228,39 @@ def test_grown_copies_rows(module, reference_logits, tmp_path):
     assert torch.equal(grown.logits([67, 3]), grown.logits([7, 3]))
     grown.save_pretrained(tmp_path / "large")
     assert_close(after, reference_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "large"), ids))
+
+
+@pytest.mark.parametrize("module", ["llama", "llama-tied"], indirect=True)
+def test_a_copied_row_is_one_in_embedding_and_head(module, tmp_path):
+    module.save_pretrained(tmp_path)
+    model, copied = Model.from_pretrained(tmp_path), Model.from_pretrained(tmp_path)
+    copied.copy_row(7, 60)
+    (ids,) = random_ids(20)
+    ids = [token for token in ids if token != 60]
+    expected = model.logits(ids)
+    expected[:, 60] = expected[:, 7]
+    assert torch.equal(copied.logits(ids), expected)
+    assert torch.equal(copied.logits([60, 3]), copied.logits([7, 3]))
+
+
+@pytest.mark.parametrize("num_padding", [0, 12])
+def test_an_added_delimiter_starts_as_eos(num_padding, tmp_path):
+    """In a row of its own, or in one that the vocabulary is padded with beyond the tokenizer."""
+    folder = shutil.copytree(MODEL_DIR, tmp_path / "model")
+    for path in folder.glob("tokenizer*"):
+        path.write_text(path.read_text().replace("</think>", "<other>"))
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    padding = torch.full((num_padding, config["hidden_size"]), 1e-5)
+    tensors["model.embed_tokens.weight"] = torch.cat([tensors["model.embed_tokens.weight"], padding])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    num_rows = config["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": num_rows + num_padding}))
+    source = open_source(ScoreConfig(model_name_or_path=str(folder), device="cpu"))
+    embed = source.engine(ScoreConfig(), 1 << 20).model.embed
+    assert source.delimiter == Delimiter(num_rows, "</think>", added=True)
+    assert embed.shape[0] == source.shape.vocab_size == num_rows + (num_padding or 1)
+    assert torch.equal(embed[num_rows], embed[source.tokenizer.eos_token_id])
+    assert torch.equal(embed[num_rows + 1 :], padding[1:])
 
 
 @pytest.mark.parametrize("module", ["qwen3"], indirect=True)

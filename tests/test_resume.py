@@ -1,5 +1,6 @@
 """A run that was stopped or killed, and went on, equals one that never was."""
 
+import json
 import multiprocessing
 import random
 import shutil
@@ -201,6 +202,26 @@ def test_a_checkpoint_of_another_folder_starts_a_new_one(tiny_run, tmp_path, fin
     )
     loop.train(config)
     assert measured(tmp_path / "run") == measured(finished)[3:]
+
+
+def test_home_is_expanded_in_the_folder_and_in_the_checkpoint(tiny_run, finished, monkeypatch, tmp_path, measured):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "from")
+    config = tiny_run("~/run", max_steps=NUM_STEPS, eval_steps=2, resume_from_checkpoint="~/from/checkpoint-3")
+    loop.train(config)
+    assert measured(tmp_path / "run") == measured(finished)[3:]
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_step_over_the_end_of_a_pass_resumes(tiny_run, tmp_path, monkeypatch, measured):
+    """8 rows in steps of 5: a row that comes twice waits, and a checkpoint keeps it."""
+    fields = {"max_steps": NUM_STEPS, "save_total_limit": NUM_STEPS, "prompts_per_step": 5}
+    loop.train(tiny_run(tmp_path / "whole", **fields))
+    stop_in_every_step(tiny_run(tmp_path / "stopped", **fields), monkeypatch)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole", measured)
+    states = [json.loads(path.read_text()) for path in tmp_path.glob("whole/checkpoint-*/trainer_state.json")]
+    assert any(state["order"]["put_off"] != [[]] for state in states)
 
 
 def test_a_checkpoint_of_another_objective_is_refused(tiny_run, tmp_path, finished):

@@ -102,10 +102,15 @@ def test_items_are_those_that_training_holds_out(dataset, tiny_run, tmp_path):
     run = tiny_run(tmp_path, seed=3)
     name = run.dataset_name if dataset == "file" else None
     tokenizer, limits = load_tokenizer(str(MODEL_DIR)), Limits(64, 16)
-    trained = load_data(TrainConfig(dataset_name=name, seed=3), tokenizer, limits, 4).heldout
-    examples, _ = load_heldout(ScoreConfig(dataset_name=name, seed=3), tokenizer, limits, 4)
-    assert list(examples) == list(trained)  # uids too: they key the noise
-    everything, _ = load_heldout(ScoreConfig(dataset_name=run.dataset_name), tokenizer, limits, 1000)
+    for num in (4, None):
+        config = TrainConfig(dataset_name=name, seed=3, num_eval_prompts=num)
+        trained = load_data(config, tokenizer, limits, 3).heldout
+        examples, lines = load_heldout(ScoreConfig(dataset_name=name, seed=3, num_prompts=num), tokenizer, limits, 3)
+        assert list(examples) == list(trained)  # uids too: they key the noise
+        assert len(examples) == num or (1 if name else 3)
+    if name:
+        assert lines[-1] == "1 of 10 rows: those that a run on them holds out; num_prompts takes more"
+    everything, _ = load_heldout(ScoreConfig(dataset_name=run.dataset_name, num_prompts=1000), tokenizer, limits, 3)
     assert len(everything) == 10
 
 

@@ -133,7 +133,7 @@ class DataFields:
     dataset_name: list[str] | str | None = None
     """Paths (.jsonl .json .csv .parquet, also .gz) or hub ids, comma-separated; the built-in tasks if absent."""
     dataset_train_split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset, or of a folder that has splits."""
     prompt_field: str | None = None
     """Field that holds the question; detected if absent."""
     answer_field: str | None = None
@@ -169,8 +169,10 @@ class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     """Sampling weight of each dataset; in proportion to their rows if absent."""
     eval_dataset_name: list[str] | str | None = None
     """Held-out data; the last num_eval_prompts rows of the shuffled training data are held out if absent."""
+    dataset_eval_split: str | None = None
+    """Split of eval_dataset_name; dataset_train_split if absent."""
     num_eval_prompts: int | None = None
-    """Held-out items used before and after training."""
+    """Held-out items used before and after training; of few rows at most a tenth if absent."""
 
     objective: Preset = "nrt-ws"
     """Preset of the method; the fields below change single choices of it."""

@@ -183,6 +183,8 @@ def _idle_fields(config: TrainConfig, objective: Objective) -> Iterator[tuple[st
     """(fields, whether they are idle, why)."""
     builtin = config.dataset_name is None
     yield "prompt_field answer_field", builtin and config.eval_dataset_name is None, "the built-in tasks name theirs"
+    yield "dataset_eval_split", config.eval_dataset_name is None, "there is no eval_dataset_name"
+    yield "eval_dataset_name", config.num_eval_prompts == 0, "num_eval_prompts is 0"
     yield (
         "reward baseline reward_clip advantage trace_loss answer_weight format_coef reward_scale std_floor epsilon"
         " epsilon_high drop_cut_reward beta entropy_coef num_generations temperature max_trace_length"

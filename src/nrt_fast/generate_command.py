@@ -12,7 +12,15 @@ from rich.console import Console
 from rich.text import Text
 
 from nrt_fast.config import GenerateConfig
-from nrt_fast.data import INCOMPLETE, Messages, detokenized, encode_prompts, read_prompt, read_rows
+from nrt_fast.data import (
+    INCOMPLETE,
+    Messages,
+    check_template_kwargs,
+    detokenized,
+    encode_prompts,
+    read_prompt,
+    read_rows,
+)
 from nrt_fast.engine import Engine
 from nrt_fast.json_lines import JsonLines, how_ended
 from nrt_fast.resolve import resolve_lengths
@@ -93,8 +101,7 @@ def encode(questions: list[Question], source: Source, config: GenerateConfig) ->
     Raises:
         UserError: a prompt over max_prompt_length.
     """
-    if config.chat_template_kwargs and source.tokenizer.chat_template is None:
-        raise UserError("chat_template_kwargs cannot take effect: the tokenizer has no chat template")
+    check_template_kwargs(source.tokenizer, config.chat_template_kwargs)
     where = [question.where for question in questions]
     prompts = encode_prompts(
         [question.messages for question in questions], source.tokenizer, config.chat_template_kwargs, where

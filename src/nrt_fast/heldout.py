@@ -51,7 +51,7 @@ def open_heldout(config: HeldoutFields, say: Callable[[str], None]) -> HeldoutIt
     limits = Limits(
         config.max_prompt_length, config.max_answer_length, config.overlong_prompts, config.overlong_answers
     )
-    examples, lines = load_heldout(config, source.tokenizer, limits, config.num_prompts or scale.heldout)
+    examples, lines = load_heldout(config, source.tokenizer, limits, scale.heldout)
     plan = source.plan(config)
     for line in (*lines, str(plan)):
         say(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def resolve_steps(config: TrainConfig, scale: Scale, num_examples: int) -> Train
 def resolve_output_dir(config: TrainConfig) -> str:
     """``runs/demo`` for the built-in default, ``runs/<model>-<data>-<objective>`` else."""
     if config.output_dir is not None:
-        return config.output_dir
+        return os.path.expanduser(config.output_dir)
     lora = "-lora" if config.use_peft else ""
     if config.model_name_or_path is None and config.dataset_name is None:
         return "runs/demo" + ("" if config.objective == "nrt-ws" else f"-{config.objective}") + lora

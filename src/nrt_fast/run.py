@@ -191,8 +191,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
     limits = Limits(
         config.max_prompt_length, config.max_answer_length, config.overlong_prompts, config.overlong_answers
     )
-    num_heldout = scale.heldout if config.num_eval_prompts is None else config.num_eval_prompts
-    data = load_data(config, source.tokenizer, limits, num_heldout)
+    data = load_data(config, source.tokenizer, limits, scale.heldout)
     device_bytes, num_ranks = memory_of_each(source.device), distributed.size()
     plan = plan_run(config, scale, source.shape, source.dtype, source.device, device_bytes, num_ranks)
     say(str(plan))
@@ -208,6 +207,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
         device=str(source.device),
         num_processes=distributed.size(),
         output_dir=resolve_output_dir(config),
+        resume_from_checkpoint=os.path.expanduser(config.resume_from_checkpoint),
     )
     cache_bytes = plan.cache_bytes if cache_bytes is None else cache_bytes
     arena = Arena(cache_bytes, source.device)
@@ -221,7 +221,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None,
         tokenizer=source.tokenizer,
         delimiter=source.delimiter,
         data=data,
-        order=Order(data.num_per_dataset, config.dataset_weights, config.seed),
+        order=Order(data.num_per_dataset, config.dataset_weights, config.seed, data.digests),
         model=model,
         engine=engine,
         optimizer=_optimizer(model, config, arena),

@@ -59,6 +59,8 @@ class Source:
         model = Model.from_pretrained(self.folder, self.dtype, self.device)
         if num_new := self.shape.vocab_size - model.config.vocab_size:
             model = model.grown(num_new, copy_of=self.tokenizer.eos_token_id)
+        elif self.delimiter.added:  # a row that the vocabulary is padded with, which nothing has trained
+            model.copy_row(self.tokenizer.eos_token_id, self.delimiter.id)
         if self.lora is not None and model.adapter is None:
             model = model.with_adapter(self.lora)
             model.adapter.reset(config.seed)

@@ -1,7 +1,8 @@
 """Examples, kept compactly."""
 
+import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from nrt_fast.data.order import permutation
 from nrt_fast.types import Example, UserError
@@ -30,6 +31,19 @@ class Examples(Sequence[Example]):
             ids = array("i", e.prompt_ids), array("i", e.answer_ids)
             self._rows.append((e.uid, *ids, e.hard_positions, e.question, e.answer, e.where, e.aliases))
 
+    def prompts(self) -> Iterator[bytes]:
+        """Each prompt's ids, to be compared."""
+        return (row[1].tobytes() for row in self._rows)
+
+    def sha256(self) -> str:
+        """Hash of what is trained on: the ids of every prompt and answer, and where each ends."""
+        digest = hashlib.sha256()
+        for _, *parts in (row[:3] for row in self._rows):
+            digest.update(array("i", map(len, parts)))
+            for ids in parts:
+                digest.update(ids)
+        return digest.hexdigest()
+
     @classmethod
     def join(cls, parts: Iterable["Examples"]) -> "Examples":
         """The examples of all parts, one after another, sharing their storage."""
@@ -44,6 +58,11 @@ class Examples(Sequence[Example]):
         return selected
 
 
+def derive_num_heldout(num_wanted: int, num_rows: int) -> int:
+    """Rows to hold out where nobody said how many: those wanted, but of few rows a tenth, and one at least."""
+    return min(num_wanted, max(1, num_rows // 10))
+
+
 def split_heldout(num_rows: int, num_heldout: int, seed: int) -> tuple[list[int], list[int]]:
     """Set the last num_heldout rows of a seeded shuffle aside.
 
@@ -54,6 +73,9 @@ def split_heldout(num_rows: int, num_heldout: int, seed: int) -> tuple[list[int]
         UserError: none would stay.
     """
     if num_heldout >= num_rows:
-        raise UserError(f"{num_heldout} rows are to be held out, but there are only {num_rows} to train on")
+        raise UserError(
+            f"num_eval_prompts: {num_heldout} rows are to be held out, but there are only {num_rows} to train on; "
+            f"valid: at most {num_rows - 1}, or an eval_dataset_name"
+        )
     shuffled = permutation(num_rows, seed, HELDOUT_KEY).tolist()
     return sorted(shuffled[: num_rows - num_heldout]), shuffled[num_rows - num_heldout :]

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,12 @@ def read_rows(name: str, split: str = "train") -> Iterator[Row]:
     if hub_id and not _suffix(path):
         return _read_datasets(name, lambda: _load_hub(hub_id["id"], hub_id["config"], split))
     raise UserError(_describe_missing(path, name))
+
+
+def has_splits(name: str) -> bool:
+    """Whether a data set has splits to choose from; a file has none, nor has one data set saved by datasets."""
+    path = Path(name).expanduser()
+    return not path.is_file() and not (path / "state.json").exists()
 
 
 def one_line(error: Exception) -> str:
@@ -135,14 +142,22 @@ def _read_json(file: BinaryIO, name: str) -> Iterator[Row]:
 
 
 def _read_csv(file: BinaryIO, name: str) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)  # of the process, and 128 KiB at first; strict finds a quote that is left open
     reader = csv.reader(_decoded_lines(file, name), strict=True)
     start = 1
     try:
-        header = next(reader, [])
+        header = _checked_header(next(reader, []), name)
         for start, cells in _with_start_lines(reader):
             yield Row(_named_cells(header, cells, f"{name}, row {start}"), f"{name}, row {start}")
     except csv.Error as error:
         raise UserError(f"{name}, after row {start}: invalid CSV ({error})") from error
+
+
+def _checked_header(header: list[str], name: str) -> list[str]:
+    for column in filter(None, header):
+        if header.count(column) > 1:
+            raise UserError(f"{name}: {header.count(column)} columns are named {column!r}; each needs its own name")
+    return header
 
 
 def _with_start_lines(reader) -> Iterator[tuple[int, list[str]]]:
@@ -181,12 +196,19 @@ def _number_rows(batches: Iterator[list[dict]], name: str) -> Iterator[Row]:
 
 
 def _read_datasets(name: str, load: Callable) -> Iterator[Row]:
+    from datasets.exceptions import DatasetsError
+    from datasets.table import CastError
+
     try:
         dataset = load()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{name}: neither a file here nor a data set that datasets can load ({one_line(error)})"
         ) from error
+    except DatasetsError as error:
+        cause = error.__cause__ or error
+        reason = f"its columns differ: {cause.details()}" if isinstance(cause, CastError) else one_line(cause)
+        raise UserError(f"{name}: datasets cannot read it ({reason})") from error
     return _number_rows((table.to_pylist() for table in dataset.with_format("arrow").iter(BATCH_ROWS)), name)
 
 

@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
+from nrt_fast.data.read import one_line
 from nrt_fast.data.schema import Messages, Pair
 from nrt_fast.types import Example, UserError
 
@@ -12,6 +11,8 @@ if TYPE_CHECKING:
 
 PLAIN_TURNS = {"system": "{}\n\n", "user": "Question: {}\n\n", "assistant": "Answer: {}\n\n"}
 PLAIN_START = "Reasoning:"
+OWN_KWARGS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")
+"""Of the chat template: they decide where the model takes its turn, and in what form."""
 
 
 def render(
@@ -65,6 +66,15 @@ def encode_prompts(
     return encoded
 
 
+def check_template_kwargs(tokenizer: "PreTrainedTokenizerBase", kwargs: dict[str, Any] | None) -> None:
+    """UserError for arguments of the chat template that are not the template's, or without one."""
+    if kwargs and tokenizer.chat_template is None:
+        raise UserError("chat_template_kwargs cannot take effect: the tokenizer has no chat template")
+    for name in kwargs or ():
+        if name in OWN_KWARGS:
+            raise UserError(f"chat_template_kwargs: {name} is decided here; valid: options of the template's own")
+
+
 def plain_prompt(messages: Messages) -> str:
     """The built-in template of tokenizers without one: base models go on reasoning after it."""
     turns = [PLAIN_TURNS.get(turn["role"], PLAIN_TURNS["user"]).format(turn["content"]) for turn in messages]
@@ -102,8 +112,8 @@ def _apply_template(
 ) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
-    except TemplateError as error:
-        raise UserError(f"{where}: the tokenizer's chat template refuses the prompt ({error})") from error
+    except Exception as error:  # a template is a program, and raises whatever it meets
+        raise UserError(f"{where}: the tokenizer's chat template refuses the prompt ({one_line(error)})") from error
 
 
 def _close_answer(

@@ -1,5 +1,6 @@
 """Which fields of a row hold the question and the reference answer."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,17 +119,22 @@ def read_prompt(row: Row, prompt_field: str | None = None) -> Messages:
 def get_field(fields: dict[str, Any], path: str) -> Any:
     """Value at a field name or at a dotted path into nested objects; None where there is none."""
     if path in fields:
-        return fields[path]
+        return _present(fields[path])
     value: Any = fields
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    return value
+    return _present(value)
+
+
+def _present(value: Any) -> Any:
+    """The value, or None for NaN and infinities: pandas fills gaps with them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _prompt_turns(row: Row, field: str) -> Messages:
     turns = _turns(row, field)
-    if field == "instruction" and row.fields.get("input"):
-        turns[-1]["content"] += "\n\n" + _text(row.fields["input"], row.where, "input")
+    if field == "instruction" and (text := get_field(row.fields, "input")):
+        turns[-1]["content"] += "\n\n" + _text(text, row.where, "input")
     return turns
 
 
@@ -176,6 +182,7 @@ def _split_at_answer(turns: Messages, where: str, field: str) -> tuple[Messages,
 
 
 def _text(value: Any, where: str, field: str, may_be_empty: bool = False) -> str:
+    value = _present(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if value is None and not may_be_empty:
@@ -196,7 +203,7 @@ def _checked_unicode(value: str, where: str, field: str) -> str:
 
 
 def _hard_spans(row: Row, answer: str) -> list[tuple[int, int]] | None:
-    spans = row.fields.get("hard_spans")
+    spans = get_field(row.fields, "hard_spans")
     if spans is None:
         return None
     try:
@@ -209,7 +216,7 @@ def _hard_spans(row: Row, answer: str) -> list[tuple[int, int]] | None:
 
 
 def _aliases(row: Row) -> tuple[str, ...]:
-    aliases = row.fields.get("aliases")
+    aliases = get_field(row.fields, "aliases")
     if aliases is None:
         return ()
     if not isinstance(aliases, list):

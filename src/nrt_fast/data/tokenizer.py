@@ -85,32 +85,35 @@ def choose_delimiter(
     A new token is added to the tokenizer in place.
 
     Raises:
-        UserError: the named delimiter is not exactly one token, or it is BOS, EOS or the unknown token; or a new one
-            would be needed and may not be added.
+        UserError: the named delimiter is not exactly one token, or has another use; or a new one would be needed and
+            may not be added.
     """
     if found := find_delimiter(tokenizer, delimiter):
         return found
+    named = f"--delimiter with a token of the vocabulary, for example {example_delimiters(tokenizer)}"
+    if END_OF_THINKING in tokenizer.get_vocab():
+        raise UserError(f"the tokenizer's {END_OF_THINKING} has another use, and it reserves no token; valid: {named}")
     if not may_add:
         raise UserError(
             "the tokenizer reserves no token that could end a trace, and LoRA cannot train a new one's row; valid: "
-            f"--delimiter with a token of the vocabulary, for example {example_delimiters(tokenizer)}, or --use_peft "
-            "false"
+            f"{named}, or --use_peft false"
         )
     tokenizer.add_tokens([END_OF_THINKING], special_tokens=True)
     return Delimiter(tokenizer.convert_tokens_to_ids(END_OF_THINKING), END_OF_THINKING, added=True)
 
 
 def find_delimiter(tokenizer: "PreTrainedTokenizerBase", delimiter: str | None = None) -> Delimiter | None:
-    """The named token, else </think>, else a reserved one; None where the tokenizer has none of them.
+    """The named token, else </think>, else a reserved one; None where the tokenizer has none that is free.
 
     Raises:
-        UserError: the named delimiter is not exactly one token, or it is BOS, EOS or the unknown token.
+        UserError: the named delimiter is not exactly one token, or it is BOS, EOS, PAD or the unknown token.
     """
     if delimiter is not None:
         return Delimiter(_single_id(tokenizer, delimiter), delimiter, added=False)
+    vocabulary, taken = tokenizer.get_vocab(), _taken_tokens(tokenizer)
     for text in (END_OF_THINKING, *reserved_tokens(tokenizer)):
-        if text in tokenizer.get_vocab():
-            return Delimiter(tokenizer.convert_tokens_to_ids(text), text, added=False)
+        if text in vocabulary and text not in taken:
+            return Delimiter(vocabulary[text], text, added=False)
     return None
 
 
@@ -157,14 +160,19 @@ def reserved_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     return sorted(filter(RESERVED.fullmatch, vocabulary), key=vocabulary.get)
 
 
+def _taken_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[str | None]:
+    """Tokens that end no trace, as they have another use."""
+    return {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
+
+
 def _single_id(tokenizer: "PreTrainedTokenizerBase", delimiter: str) -> int:
     ids = tokenizer(delimiter, add_special_tokens=False)["input_ids"]
     if delimiter in tokenizer.get_vocab():
         ids = [tokenizer.convert_tokens_to_ids(delimiter)]
-    taken = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-    if len(ids) == 1 and ids[0] not in taken:
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    if len(ids) == 1 and tokens[0] not in _taken_tokens(tokenizer):
         return ids[0]
-    pieces = " ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
+    pieces = " ".join(map(repr, tokens))
     problem = f"is {len(ids)} tokens ({pieces})" if len(ids) != 1 else f"is {pieces}, which has another use"
     raise UserError(
         f"delimiter {delimiter!r} {problem}; one token is needed, for example {example_delimiters(tokenizer)}, "
@@ -174,9 +182,8 @@ def _single_id(tokenizer: "PreTrainedTokenizerBase", delimiter: str) -> int:
 
 def example_delimiters(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Some tokens of the vocabulary that could end a trace, for messages."""
-    taken = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
-    special = [token for token in tokenizer.get_added_vocab() if token not in taken]
     known = [END_OF_THINKING] if END_OF_THINKING in tokenizer.get_vocab() else []
-    reserved = list(dict.fromkeys([*known, *reserved_tokens(tokenizer), *special]))[:4]
+    candidates = dict.fromkeys([*known, *reserved_tokens(tokenizer), *tokenizer.get_added_vocab()])
+    reserved = [token for token in candidates if token not in _taken_tokens(tokenizer)][:4]
     plain = [text for text in PLAIN if text in tokenizer.get_vocab()]
     return " ".join(reserved or plain[:4]) or "(none reserved here)"

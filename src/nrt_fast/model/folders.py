@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from nrt_fast.model.config import check_model_type
+from nrt_fast.model.config import ModelConfig, check_model_type
 from nrt_fast.types import UserError
 
 
@@ -27,18 +28,32 @@ def model_folder(path: str | Path) -> Path:
 
 
 def read_config(folder: Path):
-    """The folder's ``transformers`` config; UserError where there is none or its model type is not ours."""
+    """The folder's ``transformers`` config; UserError where there is none, or none of a model that is ours."""
     from transformers import AutoConfig
 
     path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} has no config.json; a Hugging Face model folder is needed")
+    check_model_type(read_json(path).get("model_type"), f"{path}: ")
     try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json; a Hugging Face model folder is needed") from None
-    except (ValueError, AttributeError) as error:
+        hf_config = AutoConfig.from_pretrained(folder)
+        ModelConfig.from_hf(hf_config)
+    except UserError:
+        raise
+    except Exception as error:  # transformers' checks raise whatever they meet
+        raise UserError(f"{path} describes no model: {error.__cause__ or error!r}") from error
+    return hf_config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; UserError where it is none."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    check_model_type(model_type, f"{path}: ")
-    return AutoConfig.from_pretrained(folder)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no JSON object")
+    return values
 
 
 def write_config(hf_config, folder: Path) -> None:

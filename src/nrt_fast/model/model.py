@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from nrt_fast.kv_cache import NO_PREFIX, Sequence
 from nrt_fast.model.config import ARCHITECTURES, ModelConfig
 from nrt_fast.model.decoder import Decoder
-from nrt_fast.model.folders import model_folder, read_config, write_config
+from nrt_fast.model.folders import model_folder, read_config, read_json, write_config
 from nrt_fast.model.inference import Inference
 from nrt_fast.model.lora import Adapter, Lora
 from nrt_fast.model.peft_folder import base_folder, load_adapter, read_lora, save_adapter
@@ -126,6 +125,12 @@ class Model(Decoder):
         return Model(hf_config, weights, self.source)
 
     @torch.no_grad()
+    def copy_row(self, source: int, target: int) -> None:
+        """Make vocabulary row ``target`` a copy of row ``source`` in the embedding and in the head."""
+        for name in {EMBED, HEAD} & self.weights.tensors.keys():
+            self.weights.tensors[name][target] = self.weights.tensors[name][source]
+
+    @torch.no_grad()
     def logits(self, token_ids: list[int] | Tensor) -> Tensor:
         """fp32 logits [T, V] of one sequence of T ids, for inspection."""
         ids, passes, sequence = torch.as_tensor(token_ids).tolist(), Inference(self), Sequence()
@@ -165,7 +170,7 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 def _eos_ids(hf_config, source: Path | None) -> tuple[int, ...]:
     ids = [hf_config.eos_token_id]
     if source is not None and (source / "generation_config.json").is_file():
-        ids.append(json.loads((source / "generation_config.json").read_text()).get("eos_token_id"))
+        ids.append(read_json(source / "generation_config.json").get("eos_token_id"))
     flat = [i for entry in ids for i in (entry if isinstance(entry, list) else [entry]) if i is not None]
     return tuple(dict.fromkeys(flat))
 
