@@ -220,7 +220,7 @@ def test_activations_and_loss_are_what_a_step_takes(config, run, dtype, recomput
     )
     batch = packed_batch(config["vocab_size"], *run)
     with PeakBytes(model.weights.flat, optimizer.grad) as measured:
-        hidden_AD = model.packed(batch, recompute).index_select(0, batch.hidden_A)
+        hidden_AD = train_step.loss_rows(model.packed(batch, recompute), batch)
         grad_head_VD = optimizer.gradient(model.head)
         *_, grad_AD = train_step._loss(hidden_AD, model.head, batch.loss, None, None, grad_head_VD, Objective(), 1.0)
         hidden_AD.backward(grad_AD)
