@@ -191,7 +191,7 @@ def as_markdown(result: dict[str, object]) -> str:
         "# What the compiler made of each kernel",
         "",
         f"Triton {result['triton']}; written by `make kernels`. For sm_80 / sm_90 / sm_100: registers a thread, KiB of",
-        "shared memory, matrix unit; - where an op launches another kernel, or uses none, or a shape (the starter's) is",
+        "shared memory, matrix unit; - where an op launches another kernel, or uses none; the starter's shapes are",
         "compiled for sm_90 alone. A test allows no spills.",
         "",
         "| kernel | constants | warps, stages | registers | shared | matrix unit |",

@@ -39,6 +39,7 @@ from nrt_fast.trackers import find_trackers
 from nrt_fast.types import Example, UserError
 
 EMA_DECAY = 0.999
+AVERAGED_AT_ONCE = 1 << 26  # weights: a copy of all of them would be outside the memory plan
 # Fields that may change when a run goes on: they do not decide what its steps compute.
 FREE_FIELDS = {
     "output_dir", "max_steps", "num_train_epochs", "max_tokens_per_batch", "recompute", "save_steps",
@@ -61,7 +62,9 @@ class WeightAverage:
 
     def update(self, flat: Tensor) -> None:
         """Take in the weights after an optimiser step."""
-        self.load(self.flat.lerp(flat.float(), 1 - EMA_DECAY))
+        parts = (x.split(AVERAGED_AT_ONCE) for x in (self.flat, flat, self.model.trained.flat))
+        for average, weights, rounded in zip(*parts, strict=True):
+            rounded.copy_(average.lerp_(weights.float(), 1 - EMA_DECAY))
 
     def load(self, flat: Tensor) -> None:
         """Set the average."""
