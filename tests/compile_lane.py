@@ -6,7 +6,7 @@
 A process of its own: the interpreter that the other tests use replaces the compiler for good. The cases of
 compile_cases.py call the ordinary launchers; Triton's own binder makes signature, constants and alignment of each
 launch, and where it would compile and launch, the launch is recorded instead. Each distinct specialisation is compiled
-once for each of TARGETS, in as many processes as there are cores.
+once for each of its model's targets, in as many processes as there are cores.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import triton
-from compile_cases import CASES, FP64_KERNELS, MODELS, NO_WGMMA_KERNELS
+from compile_cases import CASES, FP64_KERNELS, MODELS, NO_WGMMA_KERNELS, TARGETS
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -34,7 +34,6 @@ from triton.runtime.jit import JITFunction
 
 from nrt_fast import triton_kernels
 
-TARGETS = (80, 90, 100)
 RESULTS = Path(__file__).parents[1] / "bench/results"
 MATRIX_UNITS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 
@@ -78,7 +77,7 @@ class Recorder:
         self._op = self._model = ""
 
     def record(self, ops: list[str]) -> None:
-        """Call these ops' cases on every target and model."""
+        """Call these ops' cases on every model, for each of its targets."""
         recorder = self
 
         def do_compile(kernel, key, signature, sm, constants, options, attributes, warmup):
@@ -97,7 +96,7 @@ class Recorder:
                 )
             )
             for self._op in ops:
-                for model in MODELS:
+                for model in [model for model in MODELS if sm in model.targets]:
                     self._model = model.name
                     try:
                         CASES[self._op](model)
@@ -192,7 +191,8 @@ def as_markdown(result: dict[str, object]) -> str:
         "# What the compiler made of each kernel",
         "",
         f"Triton {result['triton']}; written by `make kernels`. For sm_80 / sm_90 / sm_100: registers a thread, KiB of",
-        "shared memory, matrix unit; - where an op launches another kernel, or uses none. A test allows no spills.",
+        "shared memory, matrix unit; - where an op launches another kernel, or uses none; the starter's shapes are",
+        "compiled for sm_90 alone. A test allows no spills.",
         "",
         "| kernel | constants | warps, stages | registers | shared | matrix unit |",
         "|---|---|---|---|---|---|",

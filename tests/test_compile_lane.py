@@ -68,10 +68,11 @@ def test_shared_memory_fits_the_device(compiled):
     assert too_much == {}
 
 
-def test_matrix_products_use_wgmma_on_hopper(lane, compiled):
-    slow = {name for name, sm, _, r in compiled if sm == "sm_90" and r["dot"] and r["matrix_unit"] != "wgmma"}
-    assert {name for name in slow if name.partition("(")[0] not in lane["no_wgmma_kernels"]} == set()
-    assert set(lane["no_wgmma_kernels"]) <= {name.partition("(")[0] for name in slow}, "exceptions without a kernel"
+def test_matrix_products_use_wgmma_on_hopper(lane):
+    """But for those of the starter's few rows, fewer than wgmma has."""
+    real = [row for row in lane["rows"] if any(not model.startswith("starter") for model in row["models"])]
+    slow = {row["kernel"] for row in real if (r := row.get("sm_90", {})).get("dot") and r["matrix_unit"] != "wgmma"}
+    assert slow == set(lane["no_wgmma_kernels"])
 
 
 def test_python_floats_became_no_fp64(lane, compiled):

@@ -143,6 +143,18 @@ def test_graphs_of_moved_weights_are_dropped(graphed, model):
     assert captures.num == 2
 
 
+def test_graphs_of_moved_weights_leave_their_pool(model, monkeypatch):
+    made = []
+    monkeypatch.setattr("nrt_fast.decode.graphs.CudaCapture", lambda: made.append(Captures()) or made[-1])
+    engine = Engine(model, **NOTHING_ENDS)
+    engine._graphs = StepGraphs(engine._passes, engine.cache)
+    for num in (1, 2):
+        engine.rollout(PROMPTS, num_generations=2, max_trace_length=9)
+        assert [captures.num for captures in made] == [1] * num
+        weight = model.layers[0].out.weights[0]
+        weight.data = weight.data.clone()
+
+
 def test_buckets_hold_what_they_are_asked_for():
     sizes = [bucket_of(num) for num in range(1, 1500)]
     assert all(size >= num for num, size in enumerate(sizes, start=1))

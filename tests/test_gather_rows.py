@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nrt_fast import ops
+from nrt_fast.reference.gather_rows import copies
 
 pytest.importorskip("triton", reason="the kernel needs triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -19,8 +20,7 @@ def make_index(T, R, device):
     """Random rows, row 1 never, row 0 often."""
     index = torch.randint(0, max(T, 1), (R,), generator=torch.Generator().manual_seed(T * R))
     index[index == 1] = 0
-    cu_copies = torch.cat([torch.zeros(1, dtype=torch.int64), index.bincount(minlength=T).cumsum(0)])
-    return index.to(device), index.argsort(stable=True).to(device), cu_copies.to(device)
+    return tuple(x.to(device) for x in (index, *copies(index, T)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -29,8 +29,8 @@ def test_copies_and_their_gradient(T, K, E, R, dtype, backend, device):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(T, 2 * K, E, generator=generator).to(device, dtype)[:, K:].requires_grad_()
     upstream = torch.randn(R, K, E, generator=generator).to(device, dtype)
-    index, copies, cu_copies = make_index(T, R, device)
-    out = ops.gather_rows(x, index, copies, cu_copies)
+    index, places, cu_copies = make_index(T, R, device)
+    out = ops.gather_rows(x, index, places, cu_copies)
     assert torch.equal(out, x[index])
     (gradient,) = torch.autograd.grad(out, x, upstream)
     exact = torch.zeros(T, K, E, dtype=torch.float64, device=device).index_add_(0, index, upstream.double())
@@ -39,32 +39,32 @@ def test_copies_and_their_gradient(T, K, E, R, dtype, backend, device):
 
 def test_the_gradient_is_rounded_once(device):
     """Adding in the tensor's own dtype loses what a group's traces say about their prompt."""
-    index, copies, cu_copies = (x.to(device) for x in (torch.zeros(9).long(), torch.arange(9), torch.tensor([0, 9])))
+    index, places, cu_copies = (x.to(device) for x in (torch.zeros(9).long(), torch.arange(9), torch.tensor([0, 9])))
     x = torch.zeros(1, 1, 1, dtype=torch.float16, device=device, requires_grad=True)
     upstream = torch.ones(9, 1, 1, dtype=torch.float16, device=device)
     upstream[0] = 2048  # in fp16, 2048 + 1 is 2048
     with ops.use("triton"):
-        out = ops.gather_rows(x, index, copies, cu_copies)
+        out = ops.gather_rows(x, index, places, cu_copies)
     (gradient,) = torch.autograd.grad(out, x, upstream)
     assert gradient.item() == 2056
 
 
 @pytest.mark.parametrize("layout", ["expanded", "transposed"])
 def test_an_upstream_gradient_is_read_by_its_strides(layout, backend, device):
-    index, copies, cu_copies = make_index(5, 12, device)
+    index, places, cu_copies = make_index(5, 12, device)
     upstream = {
         "expanded": torch.arange(12.0, device=device)[:, None, None].expand(12, 2, 3),
         "transposed": torch.randn(3, 2, 12, device=device).permute(2, 1, 0),
     }[layout]
     x = torch.zeros(5, 2, 3, device=device, requires_grad=True)
-    (gradient,) = torch.autograd.grad(ops.gather_rows(x, index, copies, cu_copies), x, upstream)
+    (gradient,) = torch.autograd.grad(ops.gather_rows(x, index, places, cu_copies), x, upstream)
     exact = torch.zeros(5, 2, 3, device=device).index_add_(0, index, upstream.contiguous())
     torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-5)
 
 
 def test_bad_input_is_refused(backend, device):
-    x, (index, copies, cu_copies) = torch.zeros(5, 2, 3, device=device), make_index(5, 12, device)
+    x, (index, places, cu_copies) = torch.zeros(5, 2, 3, device=device), make_index(5, 12, device)
     with pytest.raises(ValueError, match=r"copies_R: expected shape \[R=12\]"):
-        ops.gather_rows(x, index, copies[:-1], cu_copies)
+        ops.gather_rows(x, index, places[:-1], cu_copies)
     with pytest.raises(ValueError, match=r"x_TKE: expected shape"):
-        ops.gather_rows(x[0], index, copies, cu_copies)
+        ops.gather_rows(x[0], index, places, cu_copies)

@@ -23,6 +23,7 @@ from nrt_fast.model.peft_folder import ALL_LINEAR
 from nrt_fast.optim import AdamW
 from nrt_fast.pack import loss_tokens, pack
 from nrt_fast.plan import Sizes, training_bytes
+from nrt_fast.reference.gather_rows import copies
 from nrt_fast.starter import MODEL_DIR
 from nrt_fast.types import ANSWER, TRACE, Example, PackedBatch
 
@@ -189,7 +190,8 @@ def packed_batch():
     entries = torch.tensor([[0, 0, 2], [1, 2, 3]])
     source, positions, cu_seqlens, hidden_A, rows_A = ops.pack_index(entries, *offsets)
     tokens = torch.cat([prompts, targets])[source]
-    return PackedBatch(tokens, positions, cu_seqlens, torch.tensor([2, 1]), hidden_A, rows_A, loss=None), targets
+    rows = hidden_A, *copies(hidden_A, len(tokens)), rows_A
+    return PackedBatch(tokens, positions, cu_seqlens, torch.tensor([2, 1]), *rows, loss=None), targets
 
 
 def padded_loss(module):
@@ -385,7 +387,7 @@ def test_a_step_takes_what_was_planned(recompute, make_module, tmp_path):
     optimizer = AdamW(model.trained.flat, model.trained.leaves.values(), 0, (0.9, 0.95), 1e-15, 0.0)
     batch = test_plan.packed_batch(512, 4, 8, 32, 64, 16)
     with test_plan.PeakBytes(model.weights.flat, model.adapter.flat, optimizer.grad) as measured:
-        hidden_AD = model.packed(batch, recompute).index_select(0, batch.hidden_A)
+        hidden_AD = train_step.loss_rows(model.packed(batch, recompute), batch)
         *_, grad_AD = train_step._loss(hidden_AD, model.head, batch.loss, None, None, None, PRESETS["nrt-ws"], 1.0)
         hidden_AD.backward(grad_AD)
     sizes = Sizes(32, 64, 16, 8, recompute=recompute, adapter=model.adapter.flat.numel())

@@ -12,7 +12,7 @@ from nrt_fast import Model, ops
 from nrt_fast.config import PRESETS
 from nrt_fast.optim import AdamW
 from nrt_fast.pack import loss_tokens, pack
-from nrt_fast.train_step import train_step
+from nrt_fast.train_step import loss_rows, train_step
 from nrt_fast.types import Example, Traces, UserError
 
 DELIMITER, TEMPERATURE, MAX_TOKENS_PER_TRACE = 3, 0.7, 20
@@ -386,6 +386,26 @@ def test_a_group_with_nothing_to_learn_is_not_packed(step):
     assert groups.unique().tolist() == [0, 1, 3]
     silent = SimpleNamespace(**vars(step) | {"signal": [False] * 4})
     assert pack(make_tokens(silent, objective), 10_000, torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("max_tokens", [10_000, 25])
+def test_a_hidden_state_gets_the_sum_of_its_tokens_rounded_once(max_tokens, step, device):
+    """A prompt's last one predicts the first token of every trace. In fp16, 2048 + 1 is 2048."""
+    pytest.importorskip("triton", reason="the kernel needs triton")
+    most = []
+    for batch in pack(make_tokens(step, DEFAULT), max_tokens, torch.device(device)):
+        hidden_TD = torch.zeros(len(batch.tokens_T), 4, dtype=torch.float16, device=device, requires_grad=True)
+        upstream_A = torch.ones(len(batch.hidden_A), dtype=torch.float16, device=device)
+        num_copies_T = batch.cu_copies.diff()
+        upstream_A[batch.copies_A[batch.cu_copies[:-1][num_copies_T > 0]]] = 2048
+        with ops.use("triton"):
+            rows_AD = loss_rows(hidden_TD, batch)
+        rows_AD.backward(upstream_A[:, None].expand(-1, 4))
+        exact_T = torch.zeros(len(hidden_TD), dtype=torch.float64, device=device)
+        exact_T.index_add_(0, batch.hidden_A, upstream_A.double())
+        assert torch.equal(hidden_TD.grad, exact_T.half()[:, None].expand(-1, 4))
+        most.append(int(num_copies_T.max()))
+    assert max(most) > 2
 
 
 CISPO_CASES = [  # ratio, advantage, loss for log pi = -2

@@ -13,6 +13,7 @@ from nrt_fast.config import ScoreConfig
 from nrt_fast.data import Delimiter
 from nrt_fast.kv_cache import NO_PREFIX, Sequence
 from nrt_fast.model.inference import Inference
+from nrt_fast.reference.gather_rows import copies
 from nrt_fast.source import open_source
 from nrt_fast.starter import MODEL_DIR
 from nrt_fast.types import PackedBatch
@@ -163,7 +164,8 @@ def test_packed_groups(shape, model, module, reference_logits):
     entries = torch.stack([torch.arange(len(prompts)), starts, ends], dim=1).flip(0)
     source, positions, cu_seqlens, hidden_A, rows_A = ops.pack_index(entries, *offsets)
     tokens = torch.cat([flat(prompts), flat(targets)])[source]
-    batch = PackedBatch(tokens, positions, cu_seqlens, entries[:, 2] - entries[:, 1], hidden_A, rows_A, loss=None)
+    rows = hidden_A, *copies(hidden_A, len(tokens)), rows_A
+    batch = PackedBatch(tokens, positions, cu_seqlens, entries[:, 2] - entries[:, 1], *rows, loss=None)
     logits = torch.empty(len(rows_A), 67)
     logits[rows_A] = head_logits(model, model.packed(batch))[hidden_A]
     rows = iter(logits.split([len(row) for row in targets]))

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nrt_fast import cli, engine, plan, train_step
+from nrt_fast import cli, engine, plan, run, train_step
 from nrt_fast.config import Objective
 from nrt_fast.model import Model
 from nrt_fast.model.config import ModelConfig
@@ -220,7 +220,7 @@ def test_activations_and_loss_are_what_a_step_takes(config, run, dtype, recomput
     )
     batch = packed_batch(config["vocab_size"], *run)
     with PeakBytes(model.weights.flat, optimizer.grad) as measured:
-        hidden_AD = model.packed(batch, recompute).index_select(0, batch.hidden_A)
+        hidden_AD = train_step.loss_rows(model.packed(batch, recompute), batch)
         grad_head_VD = optimizer.gradient(model.head)
         *_, grad_AD = train_step._loss(hidden_AD, model.head, batch.loss, None, None, grad_head_VD, Objective(), 1.0)
         hidden_AD.backward(grad_AD)
@@ -228,6 +228,23 @@ def test_activations_and_loss_are_what_a_step_takes(config, run, dtype, recomput
     predicted = plan.training_bytes(shape, dtype, "cpu", num_tokens, sizes)
     # Of the loss's chunks of logits, which the C++ op keeps to itself, nothing is measured.
     assert 0.95 < predicted / measured.peak < 1.15
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_averaging_takes_a_slice_at_a_time(dtype, make_module, monkeypatch):
+    config = make_module().config
+    weights = OwnedWeights(ModelConfig.from_hf(config), getattr(torch, dtype), torch.device("cpu"))
+    model = Model(config, weights)
+    torch.nn.init.normal_(weights.flat)
+    average = run.WeightAverage(model)
+    torch.nn.init.normal_(weights.flat)
+    expected = average.flat.lerp(weights.flat.float(), 1 - run.EMA_DECAY)
+    monkeypatch.setattr(run, "AVERAGED_AT_ONCE", 1024)
+    with PeakBytes(average.flat, average.model.weights.flat, weights.flat) as measured:
+        average.update(weights.flat)
+    assert torch.equal(average.flat, expected)
+    assert torch.equal(average.model.weights.flat, expected.to(weights.flat.dtype))
+    assert measured.peak <= 4 * 1024 < weights.flat.nbytes // 4
 
 
 # What is refused

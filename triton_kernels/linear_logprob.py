@@ -65,7 +65,7 @@ def logprob_tiles_kernel(
             tl.store(record_ptrs + 2 * record_stride, weighted, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])  # Triton makes a number of 1 a Python int, which has no ``to``
 def logprob_merge_kernel(
     record_ptr, target_ptr, logprob_ptr, logsumexp_ptr, entropy_ptr, N, V, num_tiles,
     MERGE_ROWS: tl.constexpr, MERGE_TILES: tl.constexpr, ENTROPY: tl.constexpr,

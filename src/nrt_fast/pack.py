@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nrt_fast import distributed, ops
 from nrt_fast.config import Objective
+from nrt_fast.reference.gather_rows import copies
 from nrt_fast.types import ANSWER, FORMAT, TRACE, BatchTokens, Example, LossTokens, PackedBatch, Traces
 
 
@@ -148,6 +149,7 @@ def _batch(tokens: LossTokens, arrays: list[Tensor], entries_M3: Tensor, device:
     )
     counted_A = tokens.counted_A[rows_A]
     hidden_A, rows_A = hidden_A[counted_A], rows_A[counted_A]
+    copies_A, cu_copies = copies(hidden_A, len(source_T))
     tokens_T, *gathered = ops.pack_gather(*arrays, source_T.to(device), rows_A.to(device))
     return PackedBatch(
         tokens_T=tokens_T,
@@ -155,6 +157,8 @@ def _batch(tokens: LossTokens, arrays: list[Tensor], entries_M3: Tensor, device:
         cu_seqlens=cu_seqlens,
         num_traces_M=entries_M3[:, 2] - entries_M3[:, 1],
         hidden_A=hidden_A.to(device),
+        copies_A=copies_A.to(device),
+        cu_copies=cu_copies.to(device),
         rows_A=rows_A,
         loss=BatchTokens(*gathered),
     )

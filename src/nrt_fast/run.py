@@ -39,6 +39,7 @@ from nrt_fast.trackers import find_trackers
 from nrt_fast.types import Example, UserError
 
 EMA_DECAY = 0.999
+AVERAGED_AT_ONCE = 1 << 26  # weights: a copy of all of them would be outside the memory plan
 # Fields that may change when a run goes on. They do not decide what its steps compute, but for the run's length: a rate
 # that decays, or warms up for a share of all steps, follows it, and the loop says so.
 FREE_FIELDS = {
@@ -62,7 +63,9 @@ class WeightAverage:
 
     def update(self, flat: Tensor) -> None:
         """Take in the weights after an optimiser step."""
-        self.load(self.flat.lerp(flat.float(), 1 - EMA_DECAY))
+        parts = (x.split(AVERAGED_AT_ONCE) for x in (self.flat, flat, self.model.trained.flat))
+        for average, weights, rounded in zip(*parts, strict=True):
+            rounded.copy_(average.lerp_(weights.float(), 1 - EMA_DECAY))
 
     def load(self, flat: Tensor) -> None:
         """Set the average."""

@@ -68,7 +68,7 @@ def train_step(
             optimizer.gradient(weight_VD) if weight_VD.requires_grad else None
             for weight_VD in (model.embed, model.head)
         )
-        hidden_AD = model.packed(batch, recompute, grad_embed_VD).index_select(0, batch.hidden_A)
+        hidden_AD = loss_rows(model.packed(batch, recompute, grad_embed_VD), batch)
         loss, logprob_B, entropy_B, grad_AD = _loss(
             hidden_AD, model.head, batch.loss, old_A, reference_A, grad_head_VD, objective, scale
         )
@@ -92,6 +92,12 @@ def train_step(
 def _check_finite(name: str, value: float) -> None:
     if not math.isfinite(value):
         raise UserError(f"the {name} is {value}: the weights are as before this step; a lower learning rate may help")
+
+
+def loss_rows(hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
+    """[A, D]: the hidden states that predict the loss tokens; a row's gradients are added in fp32, in their order."""
+    hidden_T1D = hidden_TD.unsqueeze(1)
+    return ops.gather_rows(hidden_T1D, batch.hidden_A, batch.copies_A, batch.cu_copies).squeeze(1)
 
 
 @torch.no_grad()

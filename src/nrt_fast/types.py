@@ -171,6 +171,7 @@ class PackedBatch:
         num_traces_M: [M] int64, on the CPU: traces of each group in this batch.
         hidden_A: [A] int64 into T: the hidden state that predicts a loss token. The prompt's last one serves the
             first token of all its traces.
+        copies_A, cu_copies: [A] and [T + 1] int64, where each hidden state stands in hidden_A: see ops.gather_rows.
         rows_A: [A] int64, on the CPU, into the arrays of LossTokens.
         loss: what stands there, in the order of rows_A.
     """
@@ -180,5 +181,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     num_traces_M: Tensor
     hidden_A: Tensor
+    copies_A: Tensor
+    cu_copies: Tensor
     rows_A: Tensor
     loss: BatchTokens

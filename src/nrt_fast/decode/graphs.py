@@ -29,7 +29,7 @@ class StepGraphs:
     """Graphs of one model's step on one cache, captured when a bucket is first needed.
 
     A graph holds addresses and Python numbers. What changes between replays is in the tensors of its batch; what it
-    baked in is its key; and if a parameter has moved since (it should not), all graphs are dropped.
+    baked in is its key; and if a parameter has moved since (it should not), all graphs are dropped, with their pool.
 
     Args:
         capture: makes ``replay`` from a function that runs the step; CUDA's by default.
@@ -40,7 +40,8 @@ class StepGraphs:
         capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
     ):  # fmt: skip
         self.inference, self.cache = inference, cache
-        self._capture = capture or CudaCapture()
+        self._new_capture = CudaCapture if capture is None else lambda: capture
+        self._capture = self._new_capture()
         self._graphs: dict[tuple, Captured] = {}
         self._addresses = inference.addresses()
 
@@ -61,6 +62,7 @@ class StepGraphs:
         addresses = self.inference.addresses()
         if addresses != self._addresses:
             self._graphs.clear()
+            self._capture = self._new_capture()  # a pool ends with its last graph, and its handle is of no use then
             self._addresses = addresses
 
     def _captured(self, batch: Batch, sampling: Sampling) -> Captured:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nrt_fast import ops
+from nrt_fast.reference.gather_rows import copies
 
 R = TypeVar("R")
 
@@ -84,11 +85,8 @@ class PackedLayout:
         own_R = key_R - self.prefix_lens_S[segment_R]
         root_R = self.root_S[segment_R]
         index_R = torch.where(own_R < 0, self.starts_S[root_R] + key_R, self.starts_S[segment_R] + own_R)
-        cu_copies = _prefix_sums(index_R.bincount(minlength=self.num_tokens))
         return Sequences(
-            index_R.to(self.device),
-            index_R.argsort(stable=True).to(self.device),
-            cu_copies.to(self.device),
+            *(x.to(self.device) for x in (index_R, *copies(index_R, self.num_tokens))),
             self.lens_S.tolist(),
             key_lens_S.tolist(),
             _prefix_sums(self.lens_S).int().to(self.device),
