@@ -167,9 +167,11 @@ def measure_decode(
 
     peers = {f"generate, B={b}, {n} ids": peer(b, n) for b in batches for n in (theirs + 1, 1)}
     traces = ours(max_trace_length=new)  # warms up too, as the first call of each peer does
-    suite.check_equal("length", torch.tensor([len(i) for g in traces.trace_ids for i in g]), torch.tensor(new), 0.99)
+    name = f"{P} x {G} traces of {new} ids, prompts of {prompt}"
+    lengths = torch.tensor([len(ids) for group in traces.trace_ids for ids in group])
+    suite.check_equal(f"{name}: length", lengths, torch.tensor(new), 0.99)
     seconds = suite.compare(
-        f"{P} x {G} traces of {new} ids, prompts of {prompt}",
+        name,
         {f"rollout, {n} ids": functools.partial(ours, max_trace_length=n) for n in (new, 1)},
         peers,
         rounds=2,
@@ -198,16 +200,17 @@ def measure_scoring(suite: Suite, module: torch.nn.Module, engine: Engine, promp
         engine.think, prompts, answers, list(range(P)), num_generations=G, max_trace_length=new, temperature=1.0,
         seed=0, step=0, timed=clock.timed,
     )  # fmt: skip
+    name = f"scoring {P} x {G + 1} answers of {ANSWER_LENGTH} ids after {prompt} + {new}"
     thoughts = live()
     sequences = sequences_of(prompts, thoughts.traces.trace_ids, answers)
     frugal = reforward(module, sequences, ANSWER_LENGTH, G)
     bf16 = suite.dtype == torch.bfloat16
-    suite.check_close("live scores", flat(thoughts.scores), frugal(), TOLERANCE[suite.dtype], mean=bf16)
-    for kind, name in ((TRACE, "sampler"), (ANSWER, "scorer")):
+    suite.check_close(f"{name}: live scores", flat(thoughts.scores), frugal(), TOLERANCE[suite.dtype], mean=bf16)
+    for kind, which in ((TRACE, "sampler"), (ANSWER, f"{name}: scorer")):
         ours, theirs = trainer_logprobs(module, prompts, answers, thoughts, kind)
-        suite.check_close(f"{name} against trainer", ours, theirs, MISMATCH if bf16 else TOLERANCE[suite.dtype], bf16)
+        suite.check_close(f"{which} against trainer", ours, theirs, MISMATCH if bf16 else TOLERANCE[suite.dtype], bf16)
     suite.compare(
-        f"scoring {P} x {G + 1} answers of {ANSWER_LENGTH} ids after {prompt} + {new}",
+        name,
         {
             "think, its scoring": live,
             "re-forward": clock.throughout(reforward(module, sequences, ANSWER_LENGTH, G // 2, all_logits=True)),

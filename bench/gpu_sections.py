@@ -142,9 +142,9 @@ def linear_logprob(suite: Suite) -> None:
             -(logprobs.exp() * logprobs).sum(-1),
         )  # fmt: skip
         for name, our, true, their in zip(("logprob", "logsumexp", "entropy"), ours, exact, plain, strict=True):
-            suite.check(f"{name} N={N}", our[rows], true, their, bound=5e-3)
+            suite.check(f"N={N}: {name}", our[rows], true, their, bound=5e-3)
         single = ops.linear_logprob(hidden, weight, target)
-        suite.check(f"linear_logprob N={N}", single[rows], exact[0], plain[0], bound=5e-3)
+        suite.check(f"N={N}: linear_logprob", single[rows], exact[0], plain[0], bound=5e-3)
         del exact
         out = torch.empty(N, len(weight), dtype=suite.dtype, device=suite.device)
         gemm = lambda out=out, hidden=hidden, weight=weight: torch.mm(hidden, weight.T, out=out)  # noqa: E731
@@ -264,13 +264,13 @@ def sample_logprob(suite: Suite) -> None:
         logits = hidden @ weight.T
         prompt, trace, position = suite.randint(1000, N), suite.randint(8, N), suite.randint(4096, N)
         uniform = ops.philox_uniform(7, 3, prompt, trace, position)
-        suite.check_equal(f"philox N={N}", uniform, reference_of("philox_uniform")(7, 3, prompt, trace, position))
+        suite.check_equal(f"N={N}: philox", uniform, reference_of("philox_uniform")(7, 3, prompt, trace, position))
         ids, logprob = ops.sample_logprob(logits, uniform, 1.0)
         expected_ids, _ = reference_of("sample_logprob")(logits, uniform, 1.0)
         # A number that falls on the border of two ids may go either way.
-        suite.check_equal(f"ids N={N}", ids, expected_ids, share=0.99)
+        suite.check_equal(f"N={N}: ids", ids, expected_ids, share=0.99)
         exact = logits.double().log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
-        suite.check(f"logprob N={N}", logprob, exact, exact)
+        suite.check(f"N={N}: logprob", logprob, exact, exact)
         plain = lambda logits=logits: torch.multinomial(logits.float().softmax(-1), 1)  # noqa: E731
         out = torch.empty_like(logits)
         suite.compare(
@@ -313,6 +313,7 @@ def prefix_attention(suite: Suite) -> None:
     as_int = functools.partial(torch.tensor, dtype=torch.int32, device=suite.device)
     rows = torch.arange(B, dtype=torch.int32, device=suite.device)
     for Q in (1, suite.size(32, 2)):
+        name = f"{Q} queries, prefix {prefix}, own {own}, {P} x {G}, one layer"
         q = suite.randn(B * Q, H, E)
         prefix_k, prefix_v = suite.randn(P, K, prefix, E), suite.randn(P, K, prefix, E)
         own_k, own_v = suite.randn(B, K, own + Q, E), suite.randn(B, K, own + Q, E)
@@ -324,13 +325,13 @@ def prefix_attention(suite: Suite) -> None:
         ours = ops.prefix_attention(*shared)
         reference = reference_of("prefix_attention")
         exact = reference(*(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in shared))
-        suite.check(f"{Q} queries", ours, exact, reference(*shared))
+        suite.check(f"{name}: shared", ours, exact, reference(*shared))
         copies = [x.repeat_interleave(G, dim=0) for x in (prefix_k, prefix_v)]
         unshared = (q, *copies, rows[:, None], as_int([prefix] * B), *shared[5:10], as_int(range(B + 1)), Q, 1)
-        suite.check(f"{Q} queries, unshared", ops.prefix_attention(*unshared), exact, reference(*shared))
+        suite.check(f"{name}: unshared", ops.prefix_attention(*unshared), exact, reference(*shared))
         del exact
         suite.compare(
-            f"{Q} queries, prefix {prefix}, own {own}, {P} x {G}, one layer",
+            name,
             {
                 "shared prefix": functools.partial(ops.prefix_attention, *shared),
                 "a prefix a row": functools.partial(ops.prefix_attention, *unshared),
@@ -364,10 +365,12 @@ def packed_attention(suite: Suite) -> None:
     working = []
     for rung in rungs:
         try:
-            check_differentiable(suite, rung, attend(rung, layout), qkv, attend("plain", layout))
-            working.append(rung)
+            check_differentiable(suite, f"{rung}:", attend(rung, layout), qkv, attend("plain", layout))
         except Exception as error:
             suite.record(kind="note", name=rung, text=f"{type(error).__name__}: {error}"[:300])
+            continue
+        if not suite.failed(rung):
+            working.append(rung)
     layout, qkv = inputs(suite.size(4, 1), suite.size(7, 2), suite.size(512, 6))
     suite.compare(
         f"forward and backward, {layout.num_tokens} tokens",
@@ -392,18 +395,19 @@ def layers(suite: Suite) -> None:
         "rotate": (functools.partial(ops.rotate, **tables), [q, k], 4),
     }
     for name, (op, inputs, times) in cases.items():
+        title = f"{name}, forward and backward"
         keywords = op.keywords if isinstance(op, functools.partial) else {}
         wide = {key: value.double() if torch.is_tensor(value) else value for key, value in keywords.items()}
         plain = functools.partial(reference_of(name), **keywords)
         ours, rounded = with_gradients(op, inputs), with_gradients(plain, inputs)
         exact = with_gradients(functools.partial(reference_of(name), **wide), inputs, torch.float64)
         for index, (our, true, their) in enumerate(zip(ours, exact, rounded, strict=True)):
-            suite.check(f"{name} {index}", our, true, their)
+            suite.check(f"{title}: {index}", our, true, their)
         peers = {"torch.compile": lambda p=plain, i=inputs: forward_backward(torch.compile(p), i)}
         peers = peers if suite.device == "cuda" else {}
         floor = times * sum(x.numel() * x.element_size() for x in inputs[: 2 if name == "rotate" else 1])
         suite.compare(
-            f"{name}, forward and backward",
+            title,
             {name: forward_backward(op, inputs), "torch": forward_backward(plain, inputs)},
             peers,
             floor / suite.bandwidth,
@@ -416,7 +420,7 @@ def layers(suite: Suite) -> None:
     wide = [torch.zeros_like(page, dtype=torch.float64) for page in pages]
     exact = [reference_of("rotate_write")(*(x.double() for x in (q, k, v, cos, sin)), *wide, *places), *wide]
     for name, our, true in zip(("queries", "keys", "values"), ours, exact, strict=True):
-        suite.check(f"rotate_write {name}", our, true, true.to(suite.dtype))
+        suite.check(f"rotate_write: {name}", our, true, true.to(suite.dtype))
     suite.compare(
         "rotate_write",
         {
@@ -440,10 +444,11 @@ def adamw(suite: Suite) -> None:
     for kind, dtypes in kinds.items():
         if suite.device == "cpu" and kind != "fp32":  # the C++ has one kind
             continue
-        _check_adamw(suite, kind, *_adamw_state(suite, min(n, 2**20), dtypes), settings)
+        name = f"{n} weights in bf16 and remainder, {kind} moments"
+        _check_adamw(suite, name, kind, *_adamw_state(suite, min(n, 2**20), dtypes), settings)
         tensors, absmax = _adamw_state(suite, n, dtypes)
         suite.compare(
-            f"{n} weights in bf16 and remainder, {kind} moments",
+            name,
             {"adamw": functools.partial(ops.adamw, *tensors, *settings, *absmax), "torch's fused, all in fp32": fused},
             floor_seconds=suite.bytes_floor(*tensors, *absmax, times=2),
         )
@@ -460,7 +465,9 @@ def _adamw_state(suite: Suite, size: int, dtypes: tuple[torch.dtype, ...]) -> tu
     return [weight, remainder, grad, *moments], absmax
 
 
-def _check_adamw(suite: Suite, kind: str, tensors: list[Tensor], absmax: list[Tensor], settings: tuple) -> None:
+def _check_adamw(
+    suite: Suite, name: str, kind: str, tensors: list[Tensor], absmax: list[Tensor], settings: tuple
+) -> None:
     from nrt_fast.reference.adamw import join_master, load_moment
 
     settings = (*settings[:4], len(tensors[0]) // 2, *settings[5:])
@@ -468,13 +475,13 @@ def _check_adamw(suite: Suite, kind: str, tensors: list[Tensor], absmax: list[Te
     ops.adamw(*ours[:5], *settings, *ours[5:])
     reference_of("adamw")(*expected[:5], *settings, *expected[5:])
     exact = join_master(*expected[:2])
-    suite.check(f"master, {kind} moments", join_master(*ours[:2]), exact, exact)
-    suite.check(f"gradient, {kind} moments", ours[2], expected[2], expected[2])
-    for index, name in ((3, "first"), (4, "second")):
+    suite.check(f"{name}: master", join_master(*ours[:2]), exact, exact)
+    suite.check(f"{name}: gradient", ours[2], expected[2], expected[2])
+    for index, moment in ((3, "first"), (4, "second")):
         our, true = (load_moment(x[index], x[index + 2] if absmax else None) for x in (ours, expected))
         if kind != "fp32":  # where the rounding of fp32 differs, so may the neighbour that was drawn
             our, true = our.mean(), true.mean()
-        suite.check(f"{name} moment, {kind}", our, true, true)
+        suite.check(f"{name}: {moment} moment", our, true, true)
 
 
 @section(20)

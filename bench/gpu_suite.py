@@ -3,15 +3,17 @@
     python bench/gpu_suite.py --build --out results.json           on a GPU machine, from a source tree, not installed
     python bench/gpu_suite.py --device cpu --quick                 the same code at tiny shapes, to test it
 
-Errors are measured against fp64 and may be twice those of PyTorch's expression in the same dtype, plus ATOL. A section
-of gpu_sections.py, gpu_engine.py or gpu_train.py whose check fails is not timed; one that raises or runs out of its
-time is recorded and left; all of it stays within nine minutes. Name sections to have them alone, such as engine_8b.
+Errors are measured against fp64 and may be twice those of PyTorch's expression in the same dtype, plus ATOL. What fails
+a check is not timed. A section of gpu_sections.py, gpu_engine.py or gpu_train.py that raises or runs out of its time is
+recorded and left; if its error took the CUDA context along, a fresh process goes on. All of it stays within nine
+minutes, and the JSON is written after each section. Name sections to have them alone, such as engine_8b.
 Peers (Liger, cut-cross-entropy, TRL, xformers) are timed where they can be imported: add a folder of unpacked wheels
 with --peers. Exit code 1 if a check failed or a section raised.
 """
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -19,6 +21,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -36,6 +39,10 @@ MAX_SECONDS = 520  # no section starts after that
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "xformers")
 
 
+class SectionTimeoutError(BaseException):
+    """Raised by the alarm in the middle of a section, past whatever takes an Exception for its own."""
+
+
 class Suite:
     """What the sections use: sizes, checks, timings. Everything ends up in ``records``."""
 
@@ -45,6 +52,7 @@ class Suite:
         self.generator = torch.Generator(device).manual_seed(0)
         self.records: list[dict] = []
         self.section = ""
+        self.context_died = False
         self.bandwidth = copy_bandwidth(device, 2**22 if quick else 2**30)  # bytes read and written a second
 
     def size(self, real: int, tiny: int) -> int:
@@ -81,9 +89,11 @@ class Suite:
         floor_seconds: float | None = None, rounds: int = 15, warmup_rounds: int = WARMUP_ROUNDS,
         clock: Callable[[], float] | None = None,
     ) -> dict[str, float]:  # fmt: skip
-        """Median seconds, by turns; the first contender is ours. ``peers`` build their call, or raise and are noted."""
-        failed = [r["name"] for r in self.records if r["section"] == self.section and r.get("passed") is False]
-        if failed:
+        """Median seconds, by turns; the first contender is ours. ``peers`` build their call, or raise and are noted.
+
+        Nothing is timed, and nothing returned, if a check of it failed.
+        """
+        if failed := self.failed(name):
             self.record(kind="note", name=name, text=f"not timed: {', '.join(failed)} failed")
             return {}
         contenders = dict(contenders)
@@ -103,6 +113,11 @@ class Suite:
             floor_us=None if floor_seconds is None else round(1e6 * floor_seconds, 2),
         )  # fmt: skip
         return seconds
+
+    def failed(self, name: str) -> list[str]:
+        """Checks of this section that failed and are called "name: ...", or are about nothing in particular."""
+        failed = [r["name"] for r in self.records if r["section"] == self.section and r.get("passed") is False]
+        return [check for check in failed if check.startswith(f"{name}: ") or ": " not in check]
 
     def record_speed(self, name: str, tokens_per_second: dict[str, float], roofline: float) -> None:
         """Decoded tokens a second; the first is ours, ``roofline`` what the device could decode."""
@@ -127,18 +142,27 @@ class Suite:
         try:
             with time_limit(seconds):
                 section(self)
-        except Exception:
+        except (Exception, SectionTimeoutError):
             self.record(kind="error", name=name, text=traceback.format_exc(limit=-6))
-        finally:
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
-            self.record(kind="note", name="section", text=f"{time.monotonic() - start:.1f} s")
+        try:
+            self.release()
+        except Exception:
+            self.context_died = True
+            self.record(kind="error", name=name, text=traceback.format_exc(limit=-6))
+        self.record(kind="note", name="section", text=f"{time.monotonic() - start:.1f} s")
+
+    def release(self) -> None:
+        """Give back the memory of what is over, cycles too; raises if an error left the CUDA context dead."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
     def stop(*_):
-        raise TimeoutError(f"took longer than {seconds} s")
+        raise SectionTimeoutError(f"took longer than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -149,8 +173,8 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def build_and_import() -> str:
-    """Build the extension in place, with CUDA if that works, and import the package from the source tree."""
+def build() -> str:
+    """Build the extension in place, with CUDA if that works."""
     result = ""
     for wanted in ("cuda", "cpu"):
         command = [sys.executable, "setup.py", "build_ext", "--inplace", "-q"]
@@ -159,6 +183,11 @@ def build_and_import() -> str:
         result += f"NRT_FAST_EXT={wanted}: {'built' if done.returncode == 0 else done.stderr[-600:]}\n"
         if done.returncode == 0:
             break
+    return result
+
+
+def import_from_source() -> None:
+    """Import the package from the source tree."""
     sys.path.insert(0, str(ROOT / "src"))
     folder = ROOT / "triton_kernels"
     spec = importlib.util.spec_from_file_location(
@@ -168,7 +197,6 @@ def build_and_import() -> str:
 
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
-    return result
 
 
 def environment(device: str) -> dict[str, object]:
@@ -206,6 +234,13 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def go_on(state: dict[str, object]) -> None:
+    """In a fresh process, which takes this one's place and with it the memory of a context that died."""
+    _, path = tempfile.mkstemp(".json")
+    Path(path).write_text(json.dumps(state))
+    os.execv(sys.executable, [sys.executable, *sys.argv, "--go-on", path])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sections", nargs="*", help="their names; all, if none is given")
@@ -214,31 +249,47 @@ def main() -> int:
     parser.add_argument("--build", action="store_true", help="build the extension and use this source tree")
     parser.add_argument("--peers", type=Path, help="folder of unpacked wheels")
     parser.add_argument("--out", type=Path, help="the JSON")
+    parser.add_argument("--go-on", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    start = time.monotonic()
+    state = {}
+    if arguments.go_on:
+        state = json.loads(arguments.go_on.read_text())
+        arguments.go_on.unlink()
+    start = state.get("start", time.monotonic())
     if arguments.peers:
         sys.path.append(str(arguments.peers))
-    built = build_and_import() if arguments.build else None
+    built = state.get("built") or (build() if arguments.build else None)
+    if arguments.build:
+        import_from_source()
     import gpu_sections  # now that the package can be imported
 
     from nrt_fast import ops
 
     suite = Suite(arguments.device, arguments.quick)
+    suite.records += state.get("records", [])
     try:
         import gpu_engine  # noqa: F401, they add their sections
         import gpu_train  # noqa: F401
     except ImportError as error:  # it needs transformers
         suite.record(kind="note", name="engine", text=f"not measured: {error}")
+    head = environment(arguments.device) | {"built": built, "ops": ops.backend(), "bandwidth": suite.bandwidth}
+    over = {record["section"] for record in suite.records}
+
+    def write() -> None:
+        if arguments.out:
+            arguments.out.write_text(json.dumps(head | {"records": suite.records}, indent=1) + "\n")
+
     for name, (section, seconds) in gpu_sections.SECTIONS.items():
-        if arguments.sections and name not in arguments.sections:
+        if name in over or (arguments.sections and name not in arguments.sections):
             continue
         if time.monotonic() - start + seconds > MAX_SECONDS:
             suite.records.append({"section": name, "kind": "note", "name": name, "text": "skipped: no time left"})
             continue
         suite.run(name, section, seconds)
-        if arguments.out:
-            result = {"built": built, "ops": ops.backend(), "bandwidth": suite.bandwidth, "records": suite.records}
-            arguments.out.write_text(json.dumps(environment(arguments.device) | result, indent=1) + "\n")
+        write()
+        if suite.context_died:
+            go_on({"start": start, "built": built, "records": suite.records})
+    write()
     print(table(suite.records))
     return int(any(r["kind"] == "error" or r.get("passed") is False for r in suite.records))
 

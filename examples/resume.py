@@ -1,4 +1,4 @@
-"""A run that stops and goes on equals one that never stopped, bit for bit.
+"""A run that stops and goes on equals one that never stopped, on a CPU bit for bit.
 
     python examples/resume.py OUTPUT_DIR
 

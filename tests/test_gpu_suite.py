@@ -6,7 +6,9 @@ import sys
 import time
 
 import gpu_engine
+import gpu_sections
 import gpu_suite
+import gpu_train
 import pytest
 import torch
 from engine_peers import LLAMA_1B, LLAMA_8B
@@ -72,6 +74,78 @@ def test_what_a_section_raises_is_recorded(suite):
 def test_a_section_that_hangs_is_left(suite):
     suite.run("section", lambda suite: time.sleep(30), seconds=1)
     assert "TimeoutError: took longer than 1 s" in gpu_suite.table(suite.records)
+
+
+def test_a_peer_that_hangs_has_the_time_of_its_section(suite):
+    def section(suite):
+        suite.compare("speed", {"ours": lambda: None}, {"peer": lambda: time.sleep(30)})
+        time.sleep(30)
+
+    start = time.monotonic()
+    suite.run("section", section, seconds=1)
+    assert time.monotonic() - start < 5
+    assert [r["kind"] for r in suite.records] == ["error", "note"]
+    assert "TimeoutError: took longer than 1 s" in suite.records[0]["text"]
+
+
+def test_a_failed_check_of_something_else_does_not_cost_the_timing(suite):
+    def section(suite):
+        suite.check("pass: gradients", torch.ones(3), torch.zeros(3), torch.zeros(3))
+        assert suite.compare("pass", {"ours": lambda: None}) == {}
+        assert set(suite.compare("other pass", {"ours": lambda: None})) == {"ours"}
+
+    suite.run("section", section, seconds=5)
+    assert [r["kind"] for r in suite.records] == ["check", "note", "time", "note"]
+
+
+def test_a_pass_that_fails_its_check_does_not_cost_the_others(suite, monkeypatch):
+    monkeypatch.setattr(gpu_train, "pass_flops", lambda *_: 1.0)
+    monkeypatch.setattr(gpu_train, "check_finite", lambda suite, name, call: suite.check_equal(
+        f"{name}: finite gradients", torch.tensor("selective" not in name), torch.tensor(True)))  # fmt: skip
+    suite.run("train_8b", gpu_sections.SECTIONS["train_8b"][0], seconds=60)
+    assert [r["name"].split()[-1] for r in suite.records if r["kind"] == "speed"] == ["none", "full"]
+    assert [r["kind"] for r in suite.records if r["kind"] == "error"] == []
+
+
+class Replaced(BaseException):
+    """What becomes of a process that is replaced by another."""
+
+
+def test_a_dead_context_costs_its_own_section_alone(tmp_path, monkeypatch):
+    """A stand-in: after such an error every later call of CUDA raises too, in the same process."""
+    out, alive, ran = tmp_path / "results.json", [True], []
+
+    def section(name, kills):
+        def run(suite):
+            ran.append(name)
+            suite.record(kind="note", name=name, text="ran")
+            if kills:
+                alive.clear()
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        return run, 5
+
+    def release(suite):
+        if not alive:
+            raise RuntimeError("CUDA error: still so")
+
+    def execv(path, arguments):
+        alive.append(True)
+        monkeypatch.setattr(sys, "argv", arguments[1:])
+        raise Replaced
+
+    sections = {"first": section("first", False), "second": section("second", True), "third": section("third", False)}
+    monkeypatch.setattr(gpu_sections, "SECTIONS", sections)
+    monkeypatch.setattr(gpu_suite.Suite, "release", release)
+    monkeypatch.setattr(gpu_suite.os, "execv", execv)
+    monkeypatch.setattr(sys, "argv", [gpu_suite.__file__, "--device", "cpu", "--quick", "--out", str(out)])
+    with pytest.raises(Replaced):
+        gpu_suite.main()
+    records = json.loads(out.read_text())["records"]
+    assert [r["section"] for r in records if r["kind"] == "error"] == ["second", "second"]
+    assert gpu_suite.main() == 1
+    records = json.loads(out.read_text())["records"]
+    assert ran == ["first", "second", "third"] == [r["name"] for r in records if r.get("text") == "ran"]
 
 
 def test_a_peer_that_fails_is_noted(suite):

@@ -4,15 +4,17 @@ import logging
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 
 import pytest
+import test_plan
 import torch
 import torch.nn.functional as F
 
 from nrt_fast import packed_attention as room
 from nrt_fast.model.recompute import recomputed
-from nrt_fast.packed_attention import PackedLayout, packed_attention
+from nrt_fast.packed_attention import PackedLayout, flex, packed_attention
 from nrt_fast.packed_attention.layout import aligned
 
 pytestmark = [
@@ -355,6 +357,35 @@ def test_flex_equals_one_sequence_at_a_time(name, window):
         out = packed_attention(*inputs, layout, window)
     exact = one_sequence_at_a_time(name, *(x.double() for x in inputs), window)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_the_mask_of_flex_is_made_of_bools(window):
+    layout = make_layout("one-huge-prompt")
+    layout.tokens()
+    with test_plan.PeakBytes() as measured:
+        flex._mask(layout, window)
+    assert measured.peak < 8 * layout.num_tokens**2, "one tensor of int64 for every pair of tokens"
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_flex_compiles_once_for_batches_of_all_sizes(window, monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    flex_attention = flex._flex_attention.__wrapped__(compiled=True)
+    for name in LONG:
+        layout, inputs = make_layout(name), make_inputs(name, (4, 2), torch.float32, width=16)
+        q, k, v = (x.transpose(0, 1)[None] for x in inputs)
+        out = flex_attention(q, k, v, block_mask=flex._mask(layout, window), enable_gqa=True)
+        exact = one_sequence_at_a_time(name, *(x.double() for x in inputs), window)
+        torch.testing.assert_close(out[0].transpose(0, 1).double(), exact, rtol=0, atol=2e-6)
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("window", [None, 64])

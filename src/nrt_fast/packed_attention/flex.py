@@ -30,18 +30,23 @@ def attend(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layout: PackedLayout, wi
 def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if compiled else flex_attention
+    # For any number of tokens at once; it keeps heads and their width static by itself.
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
 def _mask(layout: PackedLayout, window: int | None):
     from torch.nn.attention.flex_attention import create_block_mask
 
     segment_T, root_T, position_T = layout.tokens()
-    T = layout.num_tokens
+    oldest_T = position_T - (window or 0)
 
+    # Compared, never subtracted: what it makes of all pairs is bool. What changes with a batch is in tensors.
     def sees(b, h, query, key):
         near = (segment_T[key] == segment_T[query]) | (segment_T[key] == root_T[query])
-        back = position_T[query] - position_T[key]
-        return near & (back >= 0) & (back < (window or T))
+        return near & (position_T[key] <= position_T[query])
 
-    return create_block_mask(sees, None, None, T, T, device=layout.device)
+    def sees_near(b, h, query, key):
+        return sees(b, h, query, key) & (position_T[key] > oldest_T[query])
+
+    T, mask = layout.num_tokens, sees if window is None else sees_near
+    return create_block_mask(mask, None, None, T, T, device=layout.device)
