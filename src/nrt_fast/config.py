@@ -197,7 +197,7 @@ class TrainConfig(HubFields, DataFields, SamplingFields, ModelFields):
     reward_scale: RewardScale | None = None
     """Whether a weighted reward is divided by the answer's length or by the sum of its weights."""
     std_floor: float | None = None
-    """Groups whose reward std is under it, or 3 times the measured noise, have no signal; 0.002, 0 turns both off."""
+    """Groups whose reward std is under it, or under 3 x noise, have no signal; 0.002, and 0 turns both bounds off."""
     epsilon: float | None = None
     """Lower clip of the importance ratio: 1 - epsilon."""
     epsilon_high: float | None = None
