@@ -1,11 +1,16 @@
 """Rollout and scoring on the live cache against full forward passes, whatever the batch was cut into."""
 
+from functools import partial
+from types import MethodType
+
 import pytest
 import torch
 
 from nrt_fast import Engine, Model
+from nrt_fast import engine as engine_module
 from nrt_fast.config import PRESETS
 from nrt_fast.engine import noise_floor
+from nrt_fast.kv_cache import Sequence
 from nrt_fast.optim import AdamW
 from nrt_fast.pack import loss_tokens, pack
 from nrt_fast.rewards import aggregate
@@ -215,6 +220,75 @@ def test_a_small_cache_changes_nothing(num_pages, engine, with_pages):
             assert_close(our, their)
         for our, their in zip(scores.baseline_logprobs, theirs.scores.baseline_logprobs):
             assert_close(our, their)
+
+
+def test_answers_do_not_depend_on_the_cache(engine, with_pages):
+    """A complete group that lost its prompt, for others were short of pages, is answered behind its prompt again."""
+    lengths = {"num_generations": 3, "max_trace_length": 7, "max_answer_length": 4}
+    for seed in range(24):
+        prompts = PROMPTS[seed % 4 :] + PROMPTS[: seed % 4]
+        small = with_pages(13)
+        exact = engine.generate(prompts, seed=seed, **lengths)
+        assert small.generate(prompts, seed=seed, **lengths).answers == exact.answers
+        assert small.cache.num_free == 13
+
+
+BAD = 10**6  # no id of the vocabulary
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda engine: engine.score(PROMPTS, [[[6] * 7, [1]]] * 4, [[7], [7], [7, BAD, 8], [7]]),
+        lambda engine: engine.think(PROMPTS, [[7], [7, BAD, 8], [7], [7]], UIDS, step=0, **SAMPLING),
+        lambda engine: engine.rollout([*PROMPTS, [BAD]], **SAMPLING),
+        lambda engine: engine.generate([*PROMPTS, [BAD]], max_answer_length=3, **SAMPLING),
+    ],
+    ids=["score", "think", "rollout", "generate"],
+)
+def test_a_call_that_fails_leaves_no_page_taken(call, with_pages):
+    engine = with_pages(60)
+    with pytest.raises(IndexError) as failed:
+        call(engine)
+    assert engine.cache.num_free == 60, failed
+    assert len(engine.rollout(PROMPTS, **SAMPLING).trace_ids) == 4
+
+
+def test_answers_that_fail_leave_no_page_taken(with_pages, monkeypatch):
+    def fail(self, work, num_steps):
+        raise KeyboardInterrupt
+
+    engine = with_pages(60)
+    monkeypatch.setattr(engine_module, "greedy_answers", partial(failing, engine_module.greedy_answers, fail))
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS, max_answer_length=3, **SAMPLING)
+    assert engine.cache.num_free == 60
+
+
+def failing(greedy_answers, fail, decoding, *args):
+    decoding.run = MethodType(fail, decoding)
+    return greedy_answers(decoding, *args)
+
+
+def test_pages_that_another_call_holds_are_told(with_pages):
+    engine = with_pages(13)
+    held = Sequence()
+    assert engine.cache.reserve(held, 12 * engine.page_size)
+    with pytest.raises(RuntimeError, match="no trace can go on: 1 of 13 pages are free, another call"):
+        engine.rollout(PROMPTS[:1], **SAMPLING)
+    engine.cache.drop(held)
+    assert engine.rollout(PROMPTS[:1], **SAMPLING).trace_ids
+    unread = engine.stream([9] * 20, max_trace_length=36, max_answer_length=3)
+    next(unread)
+    with pytest.raises(ValueError, match=r"tokens do not fit: \d+ of 13 pages are free"):
+        list(engine.stream([9] * 20, max_trace_length=36, max_answer_length=3))
+    unread.close()
+    assert engine.cache.num_free == 13
+
+
+def test_traces_of_no_tokens_are_refused(engine):
+    with pytest.raises(ValueError, match="max_trace_length is 0: at least 1 is needed"):
+        engine.rollout(PROMPTS, **SAMPLING | {"max_trace_length": 0})
 
 
 @pytest.mark.parametrize("change", [{"seed": 12}, {"step": 1}, {"uids": [6, 1, 2, 3]}], ids=str)

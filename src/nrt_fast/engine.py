@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -145,9 +145,10 @@ class Engine:
             ValueError: an empty prompt, or a prompt and trace over the model's context or the cache.
         """
         groups = _groups(prompts, range(len(prompts)) if uids is None else uids, num_generations)
-        for part in self._sampled(groups, self._sampling(max_trace_length, temperature, seed, step), 0):
-            for group in part:
-                group.release(self.cache)
+        with closing(self._sampled(groups, self._sampling(max_trace_length, temperature, seed, step), 0)) as parts:
+            for part in parts:
+                for group in part:
+                    group.release(self.cache)
         return _traces(groups)
 
     def score(self, prompts: list[list[int]], traces: list[list[list[int]]], answers: list[list[int]]) -> Scores:
@@ -179,10 +180,14 @@ class Engine:
         rows = [[len(ids) + 1 + len(a) for ids in [*group, []]] for group, a in zip(traces, answers, strict=True)]
         self._check(prompts, rows)
         self._take_weights()
-        scores = _joined([
-            self._score([groups[index] for index in part], [answers[index] for index in part])
-            for part in self._fitting(prompts, rows)
-        ])  # fmt: skip
+        try:
+            scores = _joined([
+                self._score([groups[index] for index in part], [answers[index] for index in part])
+                for part in self._fitting(prompts, rows)
+            ])  # fmt: skip
+        finally:
+            for group in groups:
+                group.release(self.cache)
         for index, (group, log_b) in enumerate(zip(scores.logprobs, scores.baseline_logprobs, strict=True)):
             if any(torch.isnan(row).any() for row in (*group, log_b)):
                 raise UserError(f"prompt {index}: the model gives NaN for its answer; weights or activations overflow")
@@ -205,20 +210,20 @@ class Engine:
         max_answer_length = max([max_answer_length or 0, *map(len, answers)])
         sampling = self._sampling(max_trace_length, temperature, seed, step)
         scores, greedy = [None] * len(prompts), [[] for _ in prompts]
-        parts = self._sampled(groups, sampling, 1 + max_answer_length)
-        while True:
-            with timed("rollout"):
-                part = next(parts, None)
-            if part is None:
-                break
-            with timed("score"):
-                scored = self._score(part, [answers[group.index] for group in part], release=not answer_greedily)
-            for group, logc, logb in zip(part, scored.logprobs, scored.baseline_logprobs, strict=True):
-                scores[group.index] = logc, logb
-            if answer_greedily:
-                for group, rows in zip(part, self._answer(part, max_answer_length), strict=True):
-                    greedy[group.index] = rows
-                    group.release(self.cache)
+        with closing(self._sampled(groups, sampling, 1 + max_answer_length)) as parts:
+            while True:
+                with timed("rollout"):
+                    part = next(parts, None)
+                if part is None:
+                    break
+                with timed("score"):
+                    scored = self._score(part, [answers[group.index] for group in part], release=not answer_greedily)
+                for group, logc, logb in zip(part, scored.logprobs, scored.baseline_logprobs, strict=True):
+                    scores[group.index] = logc, logb
+                if answer_greedily:
+                    for group, rows in zip(part, self._answer(part, max_answer_length), strict=True):
+                        greedy[group.index] = rows
+                        group.release(self.cache)
         return Thoughts(_traces(groups), Scores([logc for logc, _ in scores], [logb for _, logb in scores]), greedy)
 
     def generate(
@@ -228,10 +233,11 @@ class Engine:
         """Sample traces, and decode an answer greedily after each. Arguments as those of ``rollout``."""
         groups = _groups(prompts, range(len(prompts)), num_generations)
         answers, sampling = [[] for _ in prompts], self._sampling(max_trace_length, temperature, seed, 0)
-        for part in self._sampled(groups, sampling, 1 + max_answer_length):
-            for group, rows in zip(part, self._answer(part, max_answer_length), strict=True):
-                answers[group.index] = rows[:-1]
-                group.release(self.cache)
+        with closing(self._sampled(groups, sampling, 1 + max_answer_length)) as parts:
+            for part in parts:
+                for group, rows in zip(part, self._answer(part, max_answer_length), strict=True):
+                    answers[group.index] = rows[:-1]
+                    group.release(self.cache)
         return Generated(_traces(groups), answers)
 
     def stream(
@@ -242,7 +248,6 @@ class Engine:
         (group,) = _groups([prompt], [0], 1)
         self._check([prompt], [[max_trace_length + 1 + max_answer_length]])
         self._take_weights()
-        self.cache.reserve(group.prompt, len(prompt))
         try:
             prefill(self._passes, self.cache, [group])
             for kind, sampling, given in (
@@ -258,7 +263,7 @@ class Engine:
             group.release(self.cache)
 
     def _one_by_one(self, decoding: Decoding, group: Group, stream: Stream) -> Iterator[int]:
-        self.cache.reserve(stream.cached, len(stream.ids) + decoding.sampling.max_length)
+        self.cache.require(stream.cached, len(stream.ids) + decoding.sampling.max_length)
         decoding.start([(group, [stream])])
         yield from stream.ids[stream.first :]
         while not stream.is_over:
@@ -299,6 +304,8 @@ class Engine:
         return greedy_answers(decoding, groups, self.delimiter_id)
 
     def _sampling(self, max_trace_length: int, temperature: float, seed: int, step: int) -> Sampling:
+        if max_trace_length < 1:
+            raise ValueError(f"max_trace_length is {max_trace_length}: at least 1 is needed")
         return Sampling(max_trace_length, temperature, self.delimiter_id, self.eos_ids, self.max_repeated, seed, step)
 
     def _answering(self, max_length: int) -> Sampling:

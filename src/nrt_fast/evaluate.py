@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nrt_fast.data import text_of_each
-from nrt_fast.decode import MAX_STEPS, Decoding
+from nrt_fast.decode import MAX_STEPS, Decoding, prefill
 from nrt_fast.metrics import mean
 from nrt_fast.streams import Group, Stream
 from nrt_fast.types import Example, Sample, Scores, Traces
@@ -58,26 +58,31 @@ class HeldOut:
 def greedy_answers(decoding: Decoding, groups: list[Group], delimiter_id: int) -> list[list[list[int]]]:
     """Greedy answer after every trace and after the empty one: [groups][G + 1] ids, closed by EOS or cut.
 
-    The groups are in the cache and have pages for it; the answers' keys and values are appended to the traces'.
+    The answers' keys and values are appended to the traces'; what the cache had to drop is run again.
 
     Args:
         decoding: greedy, ends at EOS.
+
+    Raises:
+        ValueError: the cache has not enough free pages.
     """
-    length = decoding.sampling.max_length
-    work = []
-    for group in groups:
-        streams = [
-            Stream(number, [*stream.ids, delimiter_id], len(stream.ids) + 1, stream.cached)
-            for number, stream in enumerate([*group.streams, Stream(len(group.streams))])
-        ]
-        for stream in streams:
-            decoding.cache.reserve(stream.cached, len(stream.ids) + length)
-        work.append((replace(group, streams=streams), streams))
-    decoding.start(work)
-    while live := [(group, rows) for group, streams in work if (rows := [s for s in streams if not s.is_over])]:
-        decoding.run(live, min(MAX_STEPS, length))
-    for _, streams in work:
-        decoding.cache.drop(streams[-1].cached)
+    cache, length, work = decoding.cache, decoding.sampling.max_length, []
+    try:
+        prefill(decoding.inference, cache, groups)
+        for group in groups:
+            streams = [
+                Stream(number, [*stream.ids, delimiter_id], len(stream.ids) + 1, stream.cached)
+                for number, stream in enumerate([*group.streams, Stream(len(group.streams))])
+            ]
+            work.append((replace(group, streams=streams), streams))
+            for stream in streams:
+                cache.require(stream.cached, len(stream.ids) + length)
+        decoding.start(work)
+        while live := [(group, rows) for group, streams in work if (rows := [s for s in streams if not s.is_over])]:
+            decoding.run(live, min(MAX_STEPS, length))
+    finally:
+        for _, streams in work:
+            cache.drop(streams[-1].cached)
     return [[stream.ids[stream.first :] for stream in streams] for _, streams in work]
 
 

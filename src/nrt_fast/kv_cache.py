@@ -101,6 +101,11 @@ class KVCache:
             del self._free[-missing:]
         return True
 
+    def require(self, sequence: Sequence, length: int) -> None:
+        """As ``reserve``, or ValueError."""
+        if not self.reserve(sequence, length):
+            raise ValueError(f"{length} tokens do not fit: {self.num_free} of {self.num_pages} pages are free")
+
     def drop(self, sequence: Sequence) -> None:
         """Empty a sequence; its pages are free again."""
         self._free += reversed(sequence.pages)

@@ -49,19 +49,29 @@ def rollout(
 ) -> Iterator[list[Group]]:
     """Decode every stream of the groups, in slots that are refilled as they fall free; yields complete groups.
 
-    A token's noise is keyed by what it is, so neither the order nor the number of slots nor a pause
-    changes a trace. What is yielded still has its keys and values, and there is room behind it for
-    ``room.answer_length`` slots a row; the caller releases it before it asks for more.
+    A token's noise is keyed by what it is, so neither the order nor the number of slots nor a pause changes a trace.
+    What is yielded has its keys and values but for those that were dropped where pages were short. There is room for
+    all of them, and for ``room.answer_length`` slots behind each row; the caller releases it before it asks for more.
 
     Args:
         groups: longest expected first; none is in the cache yet.
         num_steps: between two looks of the host.
+
+    Raises:
+        RuntimeError: nothing can go on, since others hold the pages.
     """
     schedule = Schedule(inference, decoding, groups, room, counters)
     while schedule.is_unfinished:
-        schedule.admit()
+        goes_on = schedule.admit()
         schedule.decode(num_steps)
-        yield from schedule.complete()
+        for part in schedule.complete():
+            goes_on = True
+            yield part
+        if not goes_on:
+            free = f"{decoding.cache.num_free} of {decoding.cache.num_pages} pages are free"
+            raise RuntimeError(
+                f"no trace can go on: {free}, another call holds the others; end it or close its iterator"
+            )
 
 
 class Schedule:
@@ -87,11 +97,14 @@ class Schedule:
         """Some group is not handed out."""
         return bool(self.groups)
 
-    def admit(self) -> None:
-        """Fill free slots with waiting streams, whole groups where they fit; refills wait until they pay."""
+    def admit(self) -> bool:
+        """Fill free slots with waiting streams, whole groups where they fit; refills wait until they pay.
+
+        Returns whether any stream goes on.
+        """
         num_free = self.room.num_slots - len(self.active)
         if self.active and num_free < max(1, self.room.num_slots // 10):
-            return
+            return True
         pages = self.cache.num_free - sum(self._pages_to_come(stream) for stream in self.active)
         work: Work = []
         for group in self.groups:
@@ -107,8 +120,10 @@ class Schedule:
                 work.append((group, admitted))
             num_free -= len(admitted)
             pages -= needed
+        goes_on = bool(work or self.active)
         if work:
             self._start(work)
+        return goes_on
 
     def _prompt_pages(self, group: Group) -> int:
         return self.cache.pages_for(len(group.prompt_ids)) - len(group.prompt.pages)
@@ -132,10 +147,7 @@ class Schedule:
         return reserved
 
     def _start(self, work: Work) -> None:
-        new = [group for group, _ in work if not group.prompt.length]
-        if new:
-            prefill(self.inference, self.cache, new)
-            self.counters.prefill_tokens += sum(len(group.prompt_ids) for group in new)
+        self.counters.prefill_tokens += prefill(self.inference, self.cache, [group for group, _ in work])
         self.counters.recomputed_tokens += sum(len(s.pending) for _, streams in work for s in streams)
         self.decoding.start(work)
         streams = [stream for _, streams in work for stream in streams]
@@ -173,6 +185,8 @@ class Schedule:
             if self.active and rows < self.room.batch_rows and not self._is_short():
                 return
             part = self._with_answers(complete)
+            if not part:
+                return
             self.groups = [group for group in self.groups if group not in part]
             yield part
 

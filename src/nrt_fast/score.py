@@ -32,12 +32,8 @@ def score(
     Raises:
         ValueError: the cache has not enough free pages.
     """
-    missing = [group for group in groups if not group.prompt.length]
-    for group in missing:
-        _reserve(cache, group.prompt, len(group.prompt_ids))
-    if missing:
-        prefill(inference, cache, missing)
-    logprobs, baselines, num_tokens = [], [], sum(len(group.prompt_ids) for group in missing)
+    num_tokens = prefill(inference, cache, groups)
+    logprobs, baselines = [], []
     for part in in_passes((pair, _num_tokens(*pair)) for pair in zip(groups, answers, strict=True)):
         inputs = [
             [ids + [delimiter_id] + answer[:-1] for ids in [*(stream.pending for stream in group.streams), []]]
@@ -60,12 +56,14 @@ def _logprobs(
     """Log-probabilities of the answers in one pass: for each group, a tensor [A] for each row."""
     empty = [Sequence() for _ in part]
     work = [(group.prompt, [*(s.cached for s in group.streams), row]) for (group, _), row in zip(part, empty)]
-    for (_, rows), row_inputs in zip(work, inputs, strict=True):
-        for row, ids in zip(rows, row_inputs, strict=True):
-            _reserve(cache, row, row.length + len(ids))
-    hidden_TD = inference.extend(cache, work, [ids for rows in inputs for ids in rows])
-    for row in empty:
-        cache.drop(row)
+    try:
+        for (_, rows), row_inputs in zip(work, inputs, strict=True):
+            for row, ids in zip(rows, row_inputs, strict=True):
+                cache.require(row, row.length + len(ids))
+        hidden_TD = inference.extend(cache, work, [ids for rows in inputs for ids in rows])
+    finally:
+        for row in empty:
+            cache.drop(row)
     num_new_N = torch.tensor([len(ids) for rows in inputs for ids in rows])
     targets = [answer for (_, answer), rows in zip(part, inputs, strict=True) for _ in rows]
     num_answer_N = torch.tensor([len(answer) for answer in targets])
@@ -75,11 +73,6 @@ def _logprobs(
     ).cpu()
     rows = iter(logprob_A.split(num_answer_N.tolist()))
     return [[next(rows) for _ in group] for group in inputs]
-
-
-def _reserve(cache: KVCache, sequence: Sequence, length: int) -> None:
-    if not cache.reserve(sequence, length):
-        raise ValueError(f"{length} tokens do not fit: {cache.num_free} of {cache.num_pages} pages are free")
 
 
 def _last_of_rows(lens_N: Tensor, wanted_N: Tensor) -> Tensor:

@@ -26,12 +26,20 @@ BUCKETS = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 256, 32), *range(256, 1025,
 
 
 @torch.no_grad()
-def prefill(inference: Inference, cache: KVCache, groups: list[Group]) -> None:
-    """Run the prompts of some groups; their pages are reserved."""
-    for part in in_passes((group, len(group.prompt_ids)) for group in groups):
+def prefill(inference: Inference, cache: KVCache, groups: list[Group]) -> int:
+    """Run the prompts that the cache lacks, those that it had to drop among them; returns their tokens.
+
+    Raises:
+        ValueError: the cache has not enough free pages.
+    """
+    missing = [group for group in groups if not group.prompt.length]
+    for group in missing:
+        cache.require(group.prompt, len(group.prompt_ids))
+    for part in in_passes((group, len(group.prompt_ids)) for group in missing):
         rows, inputs = [(NO_PREFIX, [group.prompt]) for group in part], [group.prompt_ids for group in part]
         for group, hidden_D in zip(part, _last_hidden(inference, cache, rows, inputs), strict=True):
             group.prompt.length, group.hidden_D = len(group.prompt_ids), hidden_D
+    return sum(len(group.prompt_ids) for group in missing)
 
 
 def _last_hidden(inference: Inference, cache: KVCache, rows: list, inputs: list[list[int]]) -> Tensor:
