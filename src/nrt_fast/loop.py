@@ -92,7 +92,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     progress = Progress() if state is None else Progress(**state["progress"])
     if progress.step >= num_steps and (summary := distributed.on_first(_summary_of, output_dir, progress.step)):
         distributed.say(f"{output_dir} is finished ({progress.step} steps); see {output_dir / 'summary.json'}")
-        distributed.on_first(_share, run.config)
+        distributed.at_end(_share, run.config)
         return summary
     with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
         metrics = MetricsFile(output_dir / "metrics.jsonl", progress.step, distributed.is_first())
@@ -133,7 +133,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         means, after = evaluate(run, num_samples=NUM_SAMPLES)
         summary = distributed.on_first(_finish, run, progress, means, after, health)
         report.finish(summary, [Sample(**sample) for sample in progress.samples], after)
-    distributed.on_first(_share, run.config)
+    distributed.at_end(_share, run.config)
     return summary
 
 
