@@ -123,6 +123,42 @@ def test_a_rank_that_cannot_read_its_slice_is_named(tiny_run, tmp_path):
     assert checkpoint.newest(folder) == folder / "checkpoint-1"
 
 
+def upload_slowly(config, seconds, refused=False):
+    """The hub is a stub that takes its time."""
+
+    def upload(folder, config):
+        time.sleep(seconds)
+        if refused:
+            raise UserError(f"{folder} could not be uploaded")
+        (folder.parent / "uploaded").write_text(str(time.time()))
+
+    loop.upload = upload
+    on_first = distributed.on_first
+    distributed.on_first = lambda call, *rest: None if call.__name__ == "check_account" else on_first(call, *rest)
+    loop.train(config)
+
+
+def test_an_upload_may_take_longer_than_a_rank_waits(tiny_run, tmp_path):
+    """The other rank leaves before it. A finished run is uploaded in the same way."""
+    folder = tmp_path / "run"
+    for errors in ("errors", "errors again"):
+        ranks = Ranks(
+            2, tmp_path / errors, upload_slowly, tiny_run(folder, max_steps=1, push_to_hub=True), 6, timeout_s=4
+        )
+        ranks.processes[1].join()
+        assert not (folder / "uploaded").exists()
+        assert ranks.join() == [0, 0], ranks.errors()
+        (folder / "uploaded").unlink()
+
+
+def test_an_upload_that_fails_is_the_first_rank_s_error(tiny_run, tmp_path):
+    config = tiny_run(tmp_path / "run", max_steps=1, push_to_hub=True)
+    ranks = Ranks(2, tmp_path / "errors", upload_slowly, config, 0, True)
+    assert ranks.join() == [2, 0]
+    assert ranks.errors() == [f"{tmp_path}/run/final could not be uploaded\n", ""]
+    assert (tmp_path / "run/summary.json").exists()
+
+
 def hang():
     time.sleep(600)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nrt_fast import Engine, Model
-from nrt_fast.evaluate import clustered_mean, summarise
+from nrt_fast.evaluate import clustered_mean, hard_positions, summarise
 from nrt_fast.types import Example, Scores, Traces
 
 DELIMITER, EOS = 3, 9
@@ -79,6 +79,19 @@ def test_hard_tokens_are_the_top_tenth_where_none_is_declared():
     result = summarise(items, traces, scores, [[[2], [2]]] * 2)
     # Probabilities 0.05 and 0.10 of 19; without a single shared threshold the second item would have hard tokens too.
     assert result.hard_token_gain == pytest.approx(-(math.log(0.05) + math.log(0.1)) / 2)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 10, 11, 1000, 12345])
+def test_hard_tokens_are_those_up_to_the_tenth(num_tokens):
+    logb = -torch.rand(num_tokens, generator=torch.Generator().manual_seed(num_tokens)).log2().abs()
+    (hard,) = hard_positions([example([2] * num_tokens, None)], [logb])
+    assert hard.tolist() == (logb <= logb.quantile(0.1)).nonzero().flatten().tolist()
+
+
+def test_hard_tokens_of_more_than_torch_takes_a_quantile_of():
+    num_tokens = 2**24 + 1
+    (hard,) = hard_positions([example([], None)], [torch.arange(num_tokens, dtype=torch.float32)])
+    assert torch.equal(hard, torch.arange(num_tokens // 10 + 1))
 
 
 def test_without_traces_the_empty_one_stands_for_them(evaluation):

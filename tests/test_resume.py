@@ -63,6 +63,27 @@ def stop_in_step(number, patch):
     patch.setattr(loop, "step", interrupted)
 
 
+@pytest.fixture
+def held_out(tmp_path):
+    """Fields of a run whose held-out items are in a file of their own: a sum with each number."""
+
+    def fields(*numbers):
+        path = tmp_path / f"{'-'.join(map(str, numbers))}.jsonl"
+        path.write_text("".join(f'{{"question": "take {n} plus 1 ?", "answer": "{n + 1} ."}}\n' for n in numbers))
+        return {"num_eval_prompts": len(numbers)} | ({"eval_dataset_name": str(path)} if numbers else {})
+
+    return fields
+
+
+def change_state(folder, change):
+    """Change a checkpoint's state; it is complete as before."""
+    path, manifest = folder / "trainer_state.json", folder / "manifest.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {path.name: checkpoint.describe(path)}))
+
+
 def assert_same_run(folder, other, measured):
     """Bitwise: all tensors of every checkpoint, metrics but for timings, completions, samples."""
     assert checkpoints(folder) == checkpoints(other)
@@ -202,6 +223,40 @@ def test_a_checkpoint_of_another_folder_starts_a_new_one(tiny_run, tmp_path, fin
     )
     loop.train(config)
     assert measured(tmp_path / "run") == measured(finished)[3:]
+
+
+@pytest.mark.parametrize("then", [0, 3])
+@pytest.mark.parametrize("with_hash", [True, False], ids=["", "of an older version"])
+def test_other_held_out_items_are_measured_anew(then, with_hash, held_out, tiny_run, tmp_path, capsys):
+    """Under the weights of the checkpoint, which are those that a run of no further step ends with."""
+    loop.train(tiny_run(tmp_path / "from", max_steps=1, **held_out(*range(then))))
+    start = tmp_path / "from/checkpoint-1"
+    if not with_hash:
+        change_state(start, lambda state: state["progress"].pop("heldout_sha256"))
+    fields = {"resume_from_checkpoint": str(start), **held_out(1, 2)}
+    same = loop.train(tiny_run(tmp_path / "same", max_steps=1, **fields))
+    assert same["before"] == same["after"] and same["before"]["num_items"] == 2
+    capsys.readouterr()
+    further = loop.train(tiny_run(tmp_path / "further", max_steps=2, **fields))
+    told = f"the held-out items are not those of {start}: measuring the 2 of now under the weights of step 1, as those"
+    assert told in capsys.readouterr().out
+    assert further["before"] == same["before"] != further["after"]
+    kept = json.loads((tmp_path / "further/samples.json").read_text())
+    assert [len(kept[when]) for when in ("before", "after")] == [2, 2]
+    loop.train(tiny_run(tmp_path / "further", max_steps=3, **fields))
+    assert told not in capsys.readouterr().out
+
+
+def test_as_many_other_held_out_items_are_measured_too(held_out, tiny_run, tmp_path):
+    """And where nothing is held out any more, there is nothing before."""
+    loop.train(tiny_run(tmp_path / "from", max_steps=1, **held_out(0, 1)))
+    start = {"resume_from_checkpoint": str(tmp_path / "from/checkpoint-1")}
+    summary = loop.train(tiny_run(tmp_path / "run", max_steps=1, **held_out(1, 2), **start))
+    assert summary["before"] == summary["after"]
+    kept = json.loads((tmp_path / "run/samples.json").read_text())
+    assert {sample["question"] for sample in kept["before"]} == {"take 1 plus 1 ?", "take 2 plus 1 ?"}
+    summary = loop.train(tiny_run(tmp_path / "none", max_steps=2, **held_out(), **start))
+    assert summary["before"] == summary["after"] == {}
 
 
 def test_home_is_expanded_in_the_folder_and_in_the_checkpoint(tiny_run, finished, monkeypatch, tmp_path, measured):

@@ -13,7 +13,7 @@ from nrt_fast import Model, cli, heldout
 from nrt_fast.config import ScoreConfig, TrainConfig
 from nrt_fast.data import Limits, load_data, load_heldout, load_tokenizer
 from nrt_fast.engine import Engine
-from nrt_fast.json_lines import how_ended
+from nrt_fast.json_lines import JsonLines, how_ended
 from nrt_fast.score_command import KINDS, score_dataset
 from nrt_fast.score_report import Estimate, RewardFigures, ScoringCost, Summary, clustered_mean, scoring_cost, verdict
 from nrt_fast.starter import MODEL_DIR
@@ -49,6 +49,21 @@ def test_a_line_for_every_item_and_trace(scored):
         for trace in row["traces"]:
             assert len(trace["trace_ids"]) == len(trace["logprobs"]) == len(trace["trace"].split())
             assert (trace["ended"] == "delimiter") == (trace["delimiter_logprob"] is not None)
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_whole_ones(tmp_path, file_size_limit):
+    row, path = {"text": "ä" * 100}, tmp_path / "lines.jsonl"
+    with (
+        file_size_limit(1000),
+        pytest.raises(UserError, match=r"cannot write \S+/lines.jsonl: File too large; what was saved before is"),
+        JsonLines(str(path)) as file,
+    ):
+        for _ in range(100):
+            file.write(row)
+    assert lines(path) == [row] * 4
+    with file_size_limit(10), pytest.raises(UserError, match="cannot write"), JsonLines(str(tmp_path / "none")) as file:
+        file.write(row)
+    assert not (tmp_path / "none").exists()
 
 
 def test_rewards_follow_from_the_log_probabilities(scored):

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,12 +39,14 @@ class _Job:
         rank, size: which of how many.
         alone: while the first rank does something for all.
         measured: seconds and bytes since ``take_measured``, as metrics.
+        at_end: what the first rank does when the others may leave.
     """
 
     def __init__(self, watch: Watch, timeout_s: float):
         self.rank, self.size = watch.rank, watch.size
         self.watch, self.timeout_s, self.alone = watch, timeout_s, False
         self.measured: Counter[str] = Counter()
+        self.at_end: list[Callable[[], Any]] = []
 
 
 _job: _Job | None = None
@@ -96,6 +99,7 @@ def joined(timeout_s: float, device: str = "auto") -> Iterator[None]:
     signs = dist.PrefixStore("nrt_fast", store.clone())
     signs.set_timeout(timedelta(seconds=SILENCE_S))
     _job = _Job(Watch(signs, own, num_ranks), timeout_s)
+    at_end = _job.at_end
     try:
         if on_gpus:
             _take_gpu(device)
@@ -110,6 +114,8 @@ def joined(timeout_s: float, device: str = "auto") -> Iterator[None]:
     finally:
         _job.watch.stop()
         _job = None
+    for call in at_end:  # a single process now, which waits for nobody and is watched by nobody
+        call()
 
 
 def _met(store, own: int, num_ranks: int, timeout_s: float):
@@ -257,6 +263,14 @@ def on_first(call: Callable[..., Any], *arguments: Any) -> Any:
             _job.alone = False
 
     return on_all(alone, call.__name__.strip("_"))[0]
+
+
+def at_end(call: Callable[..., Any], *arguments: Any) -> None:
+    """Have the first rank do what takes longer than a rank waits for another: when all have left ``joined``."""
+    if size() == 1:
+        call(*arguments)
+    elif is_first():
+        _job.at_end.append(partial(call, *arguments))
 
 
 def _outcome(call: Callable[[], Any]) -> Tensor:

@@ -170,5 +170,12 @@ def hard_positions(examples: list[Example], baseline_logprobs: list[Tensor]) -> 
     """Positions of each answer's hard tokens: those that the data declares, else the top tenth of all by -log b."""
     if all(example.hard_positions is not None for example in examples):
         return [torch.tensor(example.hard_positions, dtype=torch.int64) for example in examples]
-    threshold = torch.cat(baseline_logprobs).quantile(HARD_SHARE)
+    threshold = _quantile(torch.cat(baseline_logprobs), HARD_SHARE)
     return [(log_b <= threshold).nonzero().squeeze(1) for log_b in baseline_logprobs]
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """torch.quantile, bit for bit, without its limit of 2^24 values."""
+    rank = torch.tensor(share, dtype=values.dtype) * (len(values) - 1)
+    low, high = (values.kthvalue(int(end) + 1).values for end in (rank.floor(), rank.ceil()))
+    return low.lerp(high, rank - rank.floor())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +26,7 @@ class JsonLines:
     def __init__(self, path: str | None):
         self.path = Path(path or "standard output").expanduser()
         self._file: TextIO = sys.stdout
+        self._num_bytes = 0  # of whole lines
         if path is None:
             return
         if self.path.exists():
@@ -35,17 +38,24 @@ class JsonLines:
     def __enter__(self) -> JsonLines:
         return self
 
-    def __exit__(self, *exc) -> None:
-        if self._file is not sys.stdout:
-            self._file.close()
-            if self.path.stat().st_size == 0:
-                self.path.unlink()
+    def __exit__(self, kind: type[BaseException] | None, *exc) -> None:
+        if self._file is sys.stdout:
+            return
+        with told_when_full(self.path) if kind is None else suppress(OSError):  # what is raised already tells why
+            try:
+                self._file.close()  # writes what the disk refused once more
+            finally:
+                os.truncate(self.path, self._num_bytes)
+                if not self._num_bytes:
+                    self.path.unlink()
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line and hand it to the operating system."""
         with told_when_full(self.path):
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            self._file.write(line)
             self._file.flush()
+        self._num_bytes += len(line.encode())
 
 
 def how_ended(ids: list[int], delimiter_logprob: float | None, eos_ids: tuple[int, ...], max_length: int) -> str:

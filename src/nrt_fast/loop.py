@@ -55,6 +55,7 @@ class Progress:
         seconds, tokens: by phase, over the whole run.
         before: held-out means at the start.
         samples: a few held-out traces at the start.
+        heldout_sha256: hash of the held-out items that both are of.
     """
 
     step: int = 0
@@ -64,6 +65,7 @@ class Progress:
     tokens: dict[str, int] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    heldout_sha256: str = ""
 
     def count(self, seconds: dict[str, float], tokens: dict[str, int]) -> None:
         """Add one step's figures."""
@@ -90,7 +92,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     progress = Progress() if state is None else Progress(**state["progress"])
     if progress.step >= num_steps and (summary := distributed.on_first(_summary_of, output_dir, progress.step)):
         distributed.say(f"{output_dir} is finished ({progress.step} steps); see {output_dir / 'summary.json'}")
-        distributed.on_first(_share, run.config)
+        distributed.at_end(_share, run.config)
         return summary
     with checkpoint.told_when_full(output_dir / "metrics.jsonl"):
         metrics = MetricsFile(output_dir / "metrics.jsonl", progress.step, distributed.is_first())
@@ -101,9 +103,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
             report.say(told)
         if progress.step == 0:
             report.say(f"measuring {len(run.data.heldout):,} held-out items before training")
-            progress.before, before = evaluate(run, num_samples=NUM_SAMPLES)
-            progress.samples = [asdict(sample) for sample in before]
+            _measure_before(run, progress)
             run.noise = _measure_noise(run)
+        elif _has_other_heldout(run, progress):
+            told = f"{len(run.data.heldout):,} of now under the weights of step {progress.step:,}"
+            report.say(f"the held-out items are not those of {resumed}: measuring the {told}, as those before training")
+            _measure_before(run, progress)
         stopping, stopped_on = False, []
         while progress.step < num_steps and not stopping:
             progress.step += 1
@@ -128,7 +133,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         means, after = evaluate(run, num_samples=NUM_SAMPLES)
         summary = distributed.on_first(_finish, run, progress, means, after, health)
         report.finish(summary, [Sample(**sample) for sample in progress.samples], after)
-    distributed.on_first(_share, run.config)
+    distributed.at_end(_share, run.config)
     return summary
 
 
@@ -296,6 +301,19 @@ def _baseline(run: Run, model, examples: list[Example]) -> list[Tensor]:
     prompts, answers = [e.prompt_ids for e in mine], [e.answer_ids for e in mine]
     log_b = run.engine.on(model).score(prompts, [[] for _ in prompts], answers).baseline_logprobs
     return gather_rows(log_b, dealt)
+
+
+def _measure_before(run: Run, progress: Progress) -> None:
+    progress.before, measured = evaluate(run, num_samples=NUM_SAMPLES)
+    progress.samples = [asdict(sample) for sample in measured]
+    progress.heldout_sha256 = run.data.heldout.sha256()
+
+
+def _has_other_heldout(run: Run, progress: Progress) -> bool:
+    """Whether what was measured before training is of other items than those that the run will end with."""
+    if not progress.heldout_sha256:  # checkpoints of older versions know how many there were
+        return progress.before.get("num_items", 0) != len(run.data.heldout)
+    return progress.heldout_sha256 != run.data.heldout.sha256()
 
 
 def _measure_noise(run: Run) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nrt_fast.health import ALARMS, Health
+from nrt_fast.metrics import read_metrics
 from nrt_fast.types import Sample, UserError
 
 MEANS = {
@@ -83,7 +84,7 @@ def read_run(path: str) -> RunRecord:
         raise UserError(f"{path} holds no run: there is no metrics.jsonl in it; the output_dir of a run is expected")
     rows = _read_rows(folder / "metrics.jsonl")
     if not rows:
-        raise UserError(f"{path} has no step yet: metrics.jsonl is empty")
+        raise UserError(f"{path} has no step yet: metrics.jsonl has no whole line")
     name = folder.resolve().name
     try:
         if (folder / "summary.json").exists():
@@ -145,18 +146,13 @@ def _newest_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    *lines, _ = _read_text(path).split("\n")  # a run that was killed, or is writing it now, leaves half a line
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is no JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f"{path}, line {number} is no step's metrics: an object with a step is expected")
+    try:
+        rows = read_metrics(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    for number, row in enumerate(rows, 1):
         if wrong := [name for name, value in row.items() if not isinstance(value, (int, float))]:
             raise UserError(f"{path}, line {number}: {wrong[0]} is {row[wrong[0]]!r}; a number is expected")
-        rows.append(row)
     return rows
 
 
