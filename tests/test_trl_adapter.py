@@ -74,6 +74,12 @@ def error(call, *args, **kwargs):
     return str(raised.value)
 
 
+def bytes_of(pages, config):
+    """A cache of so many pages on a CPU, in fp32, and its scratch page."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 32 * 4 * (pages + 1)
+
+
 def in_training(module):
     """As a trainer has it: dropout on, activations recomputed."""
     module.config.use_cache = False
@@ -133,12 +139,55 @@ def test_a_frozen_baseline_keeps_the_first_weights(make_module):
     assert "step 5" in error(StandIn(make_module(), global_step=5).call, NRTReward("rlpr"))
 
 
+def test_a_frozen_baseline_keeps_an_adapter_that_was_trained_before(make_module):
+    def adapted(module, **options):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **options)
+        return peft.get_peft_model(module, config)
+
+    def train_on(stand_in):
+        with torch.no_grad():
+            for name, tensor in stand_in.model.named_parameters():
+                if "lora_B" in name:
+                    tensor += 0.1
+
+    stand_in, first = (StandIn(adapted(make_module(), init_lora_weights=False)) for _ in range(2))
+    reward = NRTReward("rlpr")
+    stand_in.call(reward)
+    train_on(stand_in)
+    expected = expected_rewards(stand_in, PRESETS["rlpr"], baseline_module=first.model)
+    assert stand_in.call(reward) == pytest.approx(expected, abs=MAX_ERROR)
+    with first.model.disable_adapter():
+        other = expected_rewards(stand_in, PRESETS["rlpr"], baseline_module=first.model)
+    assert expected != pytest.approx(other, abs=1e-3)
+
+    resumed, reward = StandIn(adapted(make_module())), NRTReward("rlpr")
+    reward.policy(resumed)
+    train_on(resumed)
+    resumed.state.global_step = 5
+    assert "valid: reward.policy(trainer) before" in error(resumed.call, NRTReward("rlpr"))
+    expected = expected_rewards(resumed, PRESETS["rlpr"], baseline_module=make_module())
+    assert resumed.call(reward) == pytest.approx(expected, abs=MAX_ERROR)
+
+
+def test_a_group_that_the_cache_does_not_hold_is_scored_in_parts(make_module):
+    stand_in = StandIn(make_module())
+    expected = stand_in.call(NRTReward("r3"))
+    for pages in (5, 4, 3):  # prompt and empty trace take one each, as do the traces
+        reward = NRTReward("r3", max_cache_bytes=bytes_of(pages, stand_in.model.config))
+        assert stand_in.call(reward) == expected
+        assert reward.policy(stand_in).engine.cache.num_pages == pages
+    message = error(stand_in.call, NRTReward(max_cache_bytes=bytes_of(2, stand_in.model.config)))
+    assert "row 0 of the batch" in message and "the cache has 2; valid: more max_cache_bytes" in message
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"use_rslora": True}, {"target_modules": ["q_proj", "down_proj"]}, {"lora_dropout": 0.5}],
     ids=["all", "rslora", "two projections", "dropout"],
 )
 def test_peft_models_are_scored_with_their_adapter(options, make_module):
+    torch.manual_seed(0)
     config = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False} | options
     module = peft.get_peft_model(in_training(make_module()), peft.LoraConfig(task_type="CAUSAL_LM", **config))
     stand_in = StandIn(module)
@@ -210,9 +259,22 @@ def test_trainers_that_cannot_be(make_module):
     assert "torch.float16" in error(StandIn(make_module().half()).call, NRTReward())
 
 
+def test_r3_needs_whole_groups_on_each_rank(make_module):
+    stand_in = StandIn(make_module().train())
+    stand_in.accelerator.num_processes = 2
+    stand_in.call(NRTReward("r3"))
+    stand_in.args.per_device_train_batch_size, stand_in.args.steps_per_generation = 4, 2
+    message = error(stand_in.call, NRTReward("r3"))
+    assert "the reward r3" in message and "each of 2 ranks gets 8 rows" in message and "groups of 3" in message
+    stand_in.call(NRTReward("nrt-gm"))
+    stand_in.model.eval()
+    stand_in.call(NRTReward("r3"))
+    stand_in.num_generations_eval = 4
+    assert "a multiple of num_generations_eval" in error(stand_in.call, NRTReward("r3"))
+
+
 def test_a_rollout_needs_the_answers_of_its_prompts(make_module):
     stand_in = StandIn(make_module())
-    stand_in.args = types.SimpleNamespace(generation_kwargs=None, mask_truncated_completions=False)
     assert "RolloutMixin" in error(NRTReward().rollout, PROMPTS, stand_in)
     stand_in.top_p = 0.9
     assert "top_p 0.9 cannot take effect" in error(NRTReward().rollout, PROMPTS, stand_in)
@@ -238,6 +300,16 @@ def test_the_fused_head_has_the_gradients_of_autograd(entropy):
         torch.testing.assert_close(got, wanted, rtol=MAX_ERROR, atol=MAX_ERROR)
 
 
+def test_the_fused_head_leaves_fp16_to_trl():
+    theirs = types.SimpleNamespace(apply=lambda *args: args)
+    args = torch.randn(4, 16), torch.randn(40, 16), None, torch.arange(4), 1.0, 8, None, 1.0, ("log_probs", "entropy")
+    half = (args[0].half(), args[1].half(), *args[2:])
+    assert FusedLogProb(theirs).apply(*half) == half
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert FusedLogProb(theirs).apply(*args) == args
+    assert FusedLogProb(theirs).apply(*args)[0].dtype == torch.float32
+
+
 # In real trainings
 
 ROWS = tasks.rows("train", 4, seed=0)
@@ -253,7 +325,7 @@ def train(trl, tmp_path):
     """``train(reward, mixin, **arguments)``: a trainer after two steps on the starter, bound where TRL is old."""
     from datasets import Dataset
 
-    def run(reward, mixin=None, trainer_options=None, **arguments):
+    def run(reward, mixin=None, trainer_options=None, answers=None, **arguments):
         config = trl.GRPOConfig(**{
             "output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "learning_rate": 1e-3,
             "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4, "max_steps": 2,
@@ -261,7 +333,7 @@ def train(trl, tmp_path):
             "logging_steps": 1, "disable_tqdm": True, "dataloader_pin_memory": False, "seed": 3,
         } | arguments)  # fmt: skip
         questions = [[{"role": "user", "content": row["question"]}] for row in ROWS]
-        dataset = Dataset.from_dict({"prompt": questions, "answer": [row["answer"] for row in ROWS]})
+        dataset = Dataset.from_dict({"prompt": questions, "answer": answers or [row["answer"] for row in ROWS]})
         base = trl.GRPOTrainer if mixin is None else type("Trainer", (mixin, trl.GRPOTrainer), {})
         module = AutoModelForCausalLM.from_pretrained(MODEL_DIR).float()
         trainer = base(
@@ -343,6 +415,17 @@ def test_our_engine_samples_for_trl(trl, train):
     assert again.seen[-1][1] == completions, "the same seeds, the same traces"
 
 
+def test_our_engine_samples_groups_that_its_cache_does_not_hold(trl, train):
+    needs_rollout_func(trl)
+    reward = Audited(max_cache_bytes=1)
+    message = error(train, reward, RolloutMixin, {"rollout_func": reward.rollout})
+    assert "row 0 of the batch" in message and "valid: more max_cache_bytes" in message
+    reward = Audited(max_cache_bytes=bytes_of(6, AutoConfig.from_pretrained(MODEL_DIR)))
+    trainer = train(reward, RolloutMixin, {"rollout_func": reward.rollout})
+    assert reward.policy(trainer).engine.cache.num_pages == 6
+    assert [len(rows) for judged, *_ in reward.seen for rows in judged.groups.rows] == [4] * 4
+
+
 class Kept(RolloutMixin):
     """Keeps what TRL got from the rollout."""
 
@@ -417,6 +500,59 @@ def test_arguments_of_trls_loss_are_refused(arguments, message, trl, train):
     needs_rollout_func(trl)
     assert message in error(train, NRTReward(), LossMixin, **arguments)
     assert "normalizer 'constant'" in error(train, NRTReward("nrt-release"), LossMixin)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer_weight": "reward", "reward": "r3"}, "answer_weight reward unlearns answers"),
+        ({"answer_weight": "reward", "reward": "logp"}, "answer_weight reward unlearns answers"),
+        ({"trace_loss": "none", "answer_coef": 0.0}, "neither answers nor traces train"),
+    ],
+)
+def test_objectives_whose_loss_means_nothing_are_refused(changes, message, trl, train):
+    needs_rollout_func(trl)
+    assert message in error(train, NRTReward(replace(PRESETS["nrt-ws"], **changes)), LossMixin)
+
+
+def test_the_loss_needs_whole_groups_and_sampled_tokens(trl, train):
+    needs_rollout_func(trl)
+    reward = NRTReward()
+
+    def rollout(prompts, trainer):
+        sampled = reward.rollout(prompts, trainer)
+        return sampled | {"env_mask": [[0] + [1] * (len(ids) - 1) for ids in sampled["completion_ids"]]}
+
+    assert "env_mask" in error(train, reward, LossMixin, {"rollout_func": rollout})
+    trainer = train(NRTReward(), LossMixin, max_steps=1)
+    check, objective = loss_module()._check, PRESETS["nrt-ws"]
+    trainer.tools = [len]
+    assert "tools" in error(check, trainer, objective)
+    trainer.tools = []
+    trainer.accelerator = types.SimpleNamespace(num_processes=2)
+    check(trainer, objective)
+    trainer.args.per_device_train_batch_size, trainer.args.steps_per_generation = 1, 2
+    assert "each of 2 ranks gets 2 rows" in error(check, trainer, objective)
+    trainer.args.steps_per_generation, trainer.eval_dataset = 4, trainer.train_dataset
+    check(trainer, objective)
+    trainer.args.per_device_eval_batch_size = 2
+    assert "(per_device_eval_batch_size) of groups of 4" in error(check, trainer, objective)
+    trainer.model.eval()
+    assert "(per_device_eval_batch_size) of groups of 4" in error(trainer._generate_and_score_completions, [])
+
+
+def test_the_loss_needs_an_answer_in_every_row(trl, train):
+    needs_rollout_func(trl)
+    answers = [row["answer"] for row in ROWS]
+    message = error(train, NRTReward(), LossMixin, answers=[*answers[:2], None, answers[3]])
+    assert "row 2 of train_dataset has no answer" in message
+    trainer = train(NRTReward(), LossMixin, max_steps=1)
+    trainer.eval_dataset = {"one": trainer.train_dataset.map(lambda row, index: {"answer": None}, with_indices=True)}
+    assert "row 0 of eval_dataset one" in error(loss_module()._check_data, trainer)
+    rows = [trainer.train_dataset[0] | {"answer": answer} for answer in ("w", None)]
+    assert "a row of the batch has no answer" in error(trainer._generate_and_score_completions, rows)
+    trainer.accelerator.gather = lambda found: torch.tensor([found, 1])  # another rank has such a row
+    assert "a row of the batch has no answer" in error(trainer._generate_and_score_completions, rows[:1])
 
 
 def test_signatures_are_those_that_are_relied_on(trl):

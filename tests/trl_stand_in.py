@@ -23,7 +23,12 @@ class TrainerStandIn:
 
     def __init__(self, module, tokenizer=None, global_step=0):
         self.model, self.processing_class = module, tokenizer or word_tokenizer("</think>")
-        self.accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
+        self.accelerator = types.SimpleNamespace(unwrap_model=lambda model: model, num_processes=1)
+        self.args = types.SimpleNamespace(
+            per_device_train_batch_size=6, steps_per_generation=1, per_device_eval_batch_size=6,
+            generation_kwargs=None, mask_truncated_completions=False,
+        )  # fmt: skip
+        self.num_generations = 3
         self.state = types.SimpleNamespace(global_step=global_step)
         self.metrics, self.columns = {}, {}
 

@@ -148,14 +148,7 @@ def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
         yield f"reward {objective.reward} is measured against a baseline; baseline is none"
     if objective.baseline == "none" and objective.reward_clip != "none":
         yield f"reward_clip {objective.reward_clip} is a clip at a baseline; baseline is none"
-    if objective.answer_weight == "reward" and objective.answer_coef and objective.reward in ("logp", "r3"):
-        yield (
-            f"answer_weight reward unlearns answers where R is negative, as {objective.reward} can be; valid: reward "
-            "prob, am, gm, ws_inv or ws_log, or answer_weight fixed or derived"
-        )
-    if objective.trace_loss == "none" and not objective.answer_coef:
-        valid = "answer_coef above 0" + ("" if config.objective == "sft" else ", or trace_loss cispo, reinforce or ppo")
-        yield f"answer_coef is 0 and trace_loss none: neither answers nor traces train; valid: {valid}"
+    yield from loss_problems(objective, config.objective == "sft")
     for name in config.stop_alarms:
         if name not in ALARMS:
             guess = did_you_mean(name, ALARMS)
@@ -165,6 +158,18 @@ def _contradictions(config: TrainConfig, objective: Objective) -> Iterator[str]:
         told = f"{unknown[0]!r} is unknown" if unknown else "is empty"
         guess = did_you_mean(unknown[0], PROJECTIONS) if unknown else ""
         yield f"lora_target_modules: {told}; valid: all-linear, or some of {', '.join(PROJECTIONS)}{guess}"
+
+
+def loss_problems(objective: Objective, is_sft: bool = False) -> Iterator[str]:
+    """What is wrong with an objective's loss, in a run of our own or in another trainer."""
+    if objective.answer_weight == "reward" and objective.answer_coef and objective.reward in ("logp", "r3"):
+        yield (
+            f"answer_weight reward unlearns answers where R is negative, as {objective.reward} can be; valid: reward "
+            "prob, am, gm, ws_inv or ws_log, or answer_weight fixed or derived"
+        )
+    if objective.trace_loss == "none" and not objective.answer_coef:
+        valid = "answer_coef above 0" + ("" if is_sft else ", or trace_loss cispo, reinforce or ppo")
+        yield f"answer_coef is 0 and trace_loss none: neither answers nor traces train; valid: {valid}"
 
 
 def _refuse_idle(config: TrainConfig | ExportConfig, rows: Iterable[tuple[str, bool, str]]) -> None:

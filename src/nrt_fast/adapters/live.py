@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 
+from nrt_fast.engine import Engine
 from nrt_fast.model import Model
 from nrt_fast.model.weights import parameter_shapes
-from nrt_fast.types import UserError
+from nrt_fast.types import Scores, UserError
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -25,6 +27,57 @@ def live_model(trainer: Any) -> Model:
     for name, shape in parameter_shapes(model.config).items():
         _check_whole(name, model.weights.tensors.get(name), shape, model.embed.dtype)
     return model
+
+
+def score_in_parts(
+    engine: Engine, prompts: list[list[int]], traces: list[list[list[int]]], answers: list[list[int]], names: list[str]
+) -> Scores:
+    """``Engine.score``; a group that the cache does not hold at once is scored in parts, with the same result.
+
+    Raises:
+        UserError: the cache does not hold a prompt with one of its traces; names the prompt.
+    """
+    parts: list[tuple[int, slice]] = []
+    for index, (prompt, group, answer) in enumerate(zip(prompts, traces, answers, strict=True)):
+        rows = [len(trace) + 1 + len(answer) for trace in group]
+        parts += [(index, part) for part in parts_that_fit(engine, prompt, rows, 1 + len(answer), names[index])]
+    scores = engine.score(
+        [prompts[index] for index, _ in parts], [traces[index][part] for index, part in parts],
+        [answers[index] for index, _ in parts],
+    )  # fmt: skip
+    logprobs: list[list[torch.Tensor]] = [[] for _ in prompts]
+    baselines = {}
+    for (index, _), logc, logb in zip(parts, scores.logprobs, scores.baseline_logprobs, strict=True):
+        logprobs[index] += logc
+        baselines[index] = logb
+    return Scores(logprobs, list(baselines.values()))
+
+
+def parts_that_fit(engine: Engine, prompt: list[int], rows: list[int], empty: int, where: str) -> list[slice]:
+    """A group's rows, in order, as parts that the cache holds; each has the prompt, and the empty trace, beside it.
+
+    Args:
+        rows: tokens of each row behind the prompt.
+        empty: of the empty trace's row.
+        where: what the message calls the prompt.
+
+    Raises:
+        UserError: the cache does not hold a prompt with one row.
+    """
+    cache = engine.cache
+    shared = cache.pages_for(len(prompt)) + cache.pages_for(empty)
+    starts, free = [], 0
+    for start, pages in enumerate(map(cache.pages_for, rows)):
+        if shared + pages > cache.num_pages:
+            raise UserError(
+                f"{where}: prompt, trace and answer take {shared + pages} pages of {cache.page_size} tokens, the cache "
+                f"has {cache.num_pages}; valid: more max_cache_bytes, or shorter traces"
+            )
+        if pages > free:
+            starts.append(start)
+            free = cache.num_pages - shared
+        free -= pages
+    return [slice(*ends) for ends in pairwise([*starts, len(rows)])]
 
 
 def _check_whole(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -11,9 +11,9 @@ from swift.rewards import ORM, orms
 
 from nrt_fast import rewards
 from nrt_fast.adapters.completions import as_traces
-from nrt_fast.adapters.live import live_model
+from nrt_fast.adapters.live import live_model, score_in_parts
 from nrt_fast.adapters.prompt_logprobs import TraceChoices, delimiter_id, encode_answer, trace_objective
-from nrt_fast.engine import Engine
+from nrt_fast.engine import MAX_CACHE_BYTES, Engine
 from nrt_fast.types import UserError
 
 
@@ -32,7 +32,12 @@ class NRT(TraceChoices, ORM):
 
     The trace is what stands before a completion's first delimiter. Prompts are run once, and weights are read where
     they are. A subclass, put into ``orms`` in its place, changes the choices.
+
+    Attributes:
+        max_cache_bytes: keys and values; what does not fit is scored in several passes, with the same result.
     """
+
+    max_cache_bytes: int = MAX_CACHE_BYTES
 
     def __init__(self, args: Any = None, **kwargs):
         super().__init__(args, **kwargs)
@@ -49,7 +54,8 @@ class NRT(TraceChoices, ORM):
         """R after baseline and clip, one for each completion.
 
         Raises:
-            UserError: completions without ids, an answer that is no text, or parameters that are in pieces.
+            UserError: completions without ids, an answer that is no text, parameters that are in pieces, or a trace
+                that the cache does not hold.
         """
         if not all(response_token_ids):
             raise UserError("a completion came without its token ids; valid: rollouts by vLLM or transformers")
@@ -62,8 +68,8 @@ class NRT(TraceChoices, ORM):
         answers = [encode_answer(answer, tokenizer, f"row {rows[0]}") for (_, answer), rows in groups.items()]
         completions_PG = [[_flat(response_token_ids[row]) for row in rows] for rows in groups.values()]
         traces = as_traces(completions_PG, engine.delimiter_id)
-        scores = engine.score(prompts, traces.trace_ids, answers)
         names = [f"row {rows[0]} of the batch" for rows in groups.values()]
+        scores = score_in_parts(engine, prompts, traces.trace_ids, answers, names)
         shaped = rewards.reward(scores, traces, self.objective, noise=0.0, names=names).shaped
         by_row = dict(zip(chain(*groups.values()), chain(*(reward_G.tolist() for reward_G in shaped)), strict=True))
         return [by_row[row] for row in range(len(completions))]
@@ -74,7 +80,7 @@ class NRT(TraceChoices, ORM):
             tokenizer = self.trainer.template.tokenizer
             self._engine = Engine(
                 live_model(self.trainer), delimiter_id=delimiter_id(tokenizer, self.delimiter),
-                eos_id=tokenizer.eos_token_id,
+                eos_id=tokenizer.eos_token_id, max_cache_bytes=self.max_cache_bytes,
             )  # fmt: skip
         return self._engine
 

@@ -101,7 +101,7 @@ class Model(Decoder):
 
     @torch.no_grad()
     def clone(self) -> Model:
-        """The same model on a copy of what is trained. With an adapter: of owned weights only."""
+        """The same model on a copy of what is trained."""
         if self.adapter is not None:
             return Model(self.hf_config, self.weights, self.source, self.adapter.clone())
         weights = OwnedWeights(self.config, self.embed.dtype, self.embed.device)

@@ -24,8 +24,18 @@ class LiveAdapter:
     """
 
     def __init__(self, lora: Lora, config: ModelConfig, dtype: torch.dtype, tensors: dict[str, Tensor]):
-        self.lora, self.tensors, self._dtype = lora, tensors, dtype
+        self.lora, self.tensors, self._config, self._dtype = lora, tensors, config, dtype
         self._num_outputs = {name: shape[0] for name, shape in parameter_shapes(config).items()}
+
+    @property
+    def changes(self) -> bool:
+        """Whether it adds anything; with every B still 0 it does not."""
+        return any(bool(tensor.any()) for name, tensor in self.tensors.items() if ".lora_B." in name)
+
+    def clone(self) -> LiveAdapter:
+        """The same adapter on a copy of its numbers."""
+        copies = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        return LiveAdapter(self.lora, self._config, self._dtype, copies)
 
     def adapted(self, base: Linear, projections: list[str]) -> Linear | LoraLinear:
         """A projection, of fused neighbours perhaps, with the change of those that have one."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nrt_fast import ops
+from nrt_fast.adapters.live import DTYPES
 
 OUTPUTS = {"log_probs", "entropy"}
 
@@ -32,7 +33,7 @@ def our_logprob() -> Iterator[None]:
 
 
 class FusedLogProb:
-    """Stands for TRL's autograd function; a head with a bias or soft caps, and other statistics, are left to that."""
+    """Stands for TRL's autograd function; bias, soft caps, fp16 and other statistics are left to that."""
 
     def __init__(self, theirs: Any):
         self.theirs = theirs
@@ -43,12 +44,12 @@ class FusedLogProb:
         outputs: tuple[str, ...] = ("entropy",),
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """TRL's signature. (log-probability, entropy or None, None, None, None), [N] fp32."""
-        if bias_V is not None or softcap is not None or not set(outputs) <= OUTPUTS:
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        if bias_V is not None or softcap is not None or dtype not in DTYPES or not set(outputs) <= OUTPUTS:
             return self.theirs.apply(
                 hidden_ND, weight_VD, bias_V, target_N, temperature, chunk_size, softcap, logit_scale, outputs
             )
-        device = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         inv_temperature_N = torch.full(target_N.shape, logit_scale / temperature, device=hidden_ND.device)
         logprob_N, entropy_N = _LinearLogProb.apply(
             hidden_ND.to(dtype), weight_VD.to(dtype), target_N, inv_temperature_N

@@ -74,6 +74,23 @@ def group_rows(prompt_ids: list[list[int]], prompts: list, answers: list[str | N
     return Groups(examples, groups, len(prompts))
 
 
+def check_whole_groups(trainer: Any, is_training: bool, what: str) -> None:
+    """UserError where a group's rows may be on several ranks: ``what`` compares them, and a rank sees its own alone."""
+    args, num_ranks = trainer.args, trainer.accelerator.num_processes
+    if is_training:
+        size, name = trainer.num_generations, "num_generations"
+        rows = args.per_device_train_batch_size * args.steps_per_generation
+        fields = "per_device_train_batch_size x steps_per_generation"
+    else:
+        size, name = getattr(trainer, "num_generations_eval", trainer.num_generations), "num_generations_eval"
+        rows, fields = args.per_device_eval_batch_size, "per_device_eval_batch_size"
+    if num_ranks > 1 and rows % size:
+        raise UserError(
+            f"{what} compares the traces of a group, and each of {num_ranks} ranks gets {rows} rows ({fields}) of "
+            f"groups of {size}; valid: {fields} a multiple of {name}"
+        )
+
+
 def _example(prompt_ids: list[int], prompt: Any, answer: Any, where: str, tokenizer: Any) -> Example:
     if not isinstance(answer, str):
         raise UserError(

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nrt_fast.adapters.trl.fused_head import our_logprob
+from nrt_fast.adapters.trl.groups import check_whole_groups
 from nrt_fast.adapters.trl.reward import Judged, NRTReward
 from nrt_fast.adapters.trl.rollout import RolloutMixin
 from nrt_fast.config import Objective
+from nrt_fast.config_checks import loss_problems
 from nrt_fast.pack import loss_tokens
 from nrt_fast.train_step import TRACE_LOSSES
 from nrt_fast.types import ANSWER, FORMAT, TRACE, LossTokens, Traces, UserError
@@ -23,6 +26,7 @@ REPLACED = (
 )  # fmt: skip
 """Arguments of TRL's own loss, which the objective's fields stand for here."""
 KINDS = {"trace": TRACE, "answer": ANSWER, "format": FORMAT}
+NO_ANSWER = "has no answer, and the NRT loss is made of answers; valid: text in every row's column answer"
 
 
 class LossMixin(RolloutMixin):
@@ -32,25 +36,38 @@ class LossMixin(RolloutMixin):
     prompt, the trace, the delimiter and the reference answer; what TRL sampled behind the delimiter has no loss.
 
     Raises:
-        UserError: other reward functions, an argument of TRL's loss, a temperature other than 1, or an objective with a
-            constant normaliser, a KL or an entropy term.
+        UserError: other reward functions, an argument of TRL's loss, tools, a temperature other than 1, groups over
+            several ranks, a row without an answer, or an objective whose loss trains nothing, unlearns answers, or has
+            a constant normaliser, a KL or an entropy term.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.nrt_reward = _only_reward(self.reward_funcs)
         _check(self, self.nrt_reward.objective)
+        _check_data(self)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        check_whole_groups(self, self.model.training, "the NRT loss")  # of a data set that evaluate() was given
+        unanswered = any(row.get("answer", "") is None for row in inputs)  # the reward tells where there is no column
+        self._refuse_together(unanswered, f"a row of the batch {NO_ANSWER}")
         batch = super()._generate_and_score_completions(inputs)
+        sampled = batch.get("tool_mask", batch["completion_mask"])
+        self._refuse_together(
+            bool(((sampled == 0) & (batch["completion_mask"] == 1)).any()),
+            "env_mask: a completion holds tokens that the policy did not sample, and the NRT loss would train on them; "
+            "valid: a rollout without them",
+        )
         policy = self.nrt_reward.policy(self)
-        if policy.judged is None:
-            raise UserError("no row of the batch has an answer: the NRT loss is made of answers")
         tokens = _tokens(policy.judged, self.nrt_reward.objective, policy.engine.delimiter_id)
-        rows = [row for group in policy.judged.groups.rows for row in group]
         normalizer = torch.tensor(tokens.normalizer, device=self.accelerator.device)
-        padded = {name: value.to(self.accelerator.device) for name, value in _padded(tokens, rows, len(inputs)).items()}
+        padded = {name: value.to(self.accelerator.device) for name, value in _padded(tokens).items()}
         return batch | padded | {"nrt_normalizer": self.accelerator.gather(normalizer).sum()}
+
+    def _refuse_together(self, found: bool, problem: str) -> None:
+        """UserError on every rank where one of them found a problem: the others would wait for it."""
+        if self.accelerator.gather(torch.tensor(int(found), device=self.accelerator.device)).any():
+            raise UserError(problem)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         ids_BC = inputs["nrt_ids"]
@@ -100,6 +117,27 @@ def _check(trainer: Any, objective: Objective) -> None:
     if objective.normalizer == "constant" or objective.beta or objective.entropy_coef:
         raise UserError("the objective's normalizer 'constant', beta and entropy_coef are those of nrt-fast train; "
                         "valid here: normalizer 'token' or 'sequence', no beta, no entropy_coef")  # fmt: skip
+    for problem in loss_problems(objective):
+        raise UserError(problem)
+    if getattr(trainer, "tools", None):
+        raise UserError("tools: the NRT loss would train on what they return, which the policy did not sample; valid: "
+                        "no tools and no environment_factory")  # fmt: skip
+    check_whole_groups(trainer, True, "the NRT loss")
+    if trainer.eval_dataset is not None:
+        check_whole_groups(trainer, False, "the NRT loss")
+
+
+def _check_data(trainer: Any) -> None:
+    """UserError for a row without an answer, where the data set can be looked through before the training."""
+    from datasets import Dataset
+
+    given = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    named = {"train_dataset": trainer.train_dataset} | {f"eval_dataset {name}".strip(): d for name, d in given.items()}
+    for name, dataset in named.items():
+        if isinstance(dataset, Dataset) and "answer" in dataset.column_names:
+            for row, answer in enumerate(dataset["answer"]):
+                if answer is None:
+                    raise UserError(f"row {row} of {name} {NO_ANSWER}")
 
 
 def _tokens(judged: Judged, objective: Objective, delimiter_id: int) -> LossTokens:
@@ -114,15 +152,12 @@ def _tokens(judged: Judged, objective: Objective, delimiter_id: int) -> LossToke
     )  # fmt: skip
 
 
-def _padded(tokens: LossTokens, rows: list[int], num_rows: int) -> dict[str, Tensor]:
-    """[B, C] in the trainer's order, padded on the right; nothing in rows that are in no group."""
+def _padded(tokens: LossTokens) -> dict[str, Tensor]:
+    """[B, C] in the trainer's order, padded on the right."""
     lens = tokens.cu_traces.diff().tolist()
 
     def fill(values_A: Tensor) -> Tensor:
-        filled_BC = values_A.new_zeros(num_rows, max(lens))
-        for row, values in zip(rows, values_A.split(lens), strict=True):
-            filled_BC[row, : len(values)] = values
-        return filled_BC
+        return pad_sequence(values_A.split(lens), batch_first=True)
 
     return {
         "nrt_ids": fill(tokens.targets_A),

@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from nrt_fast.adapters.completions import as_traces
-from nrt_fast.adapters.trl.groups import Groups, group_rows
+from nrt_fast.adapters.live import parts_that_fit, score_in_parts
+from nrt_fast.adapters.trl.groups import Groups, check_whole_groups, group_rows
 from nrt_fast.adapters.trl.live import choose_live_delimiter, live_engine, prompt_ids, tokenizer_of
 from nrt_fast.adapters.trl.rollout import check_sampling, inputs_of
 from nrt_fast.config import PRESETS, Objective, Preset
@@ -98,23 +99,26 @@ class NRTReward:
         """TRL's call: one reward for each row, None where there is no answer.
 
         Raises:
-            UserError: no column ``answer``, no trainer (TRL before 1.0 without ``bind``), or what ``policy`` refuses.
+            UserError: no column ``answer``, no trainer (TRL before 1.0 without ``bind``), groups over several ranks for
+                the reward r3, a trace that the cache does not hold, or what ``policy`` refuses.
         """
         trainer = self._bound if log_metric is None else log_metric.__self__
         if trainer is None:
             raise UserError("this TRL does not tell a reward function its trainer: call nrt_reward.bind(trainer) first")
+        if self.objective.reward == "r3":
+            check_whole_groups(trainer, trainer.model.training, "the reward r3")
         policy = self.policy(trainer)
         groups = self._groups(trainer, prompts, columns)
         policy.judged = None
         if not groups.rows:
             return groups.spread([])
         traces = as_traces(groups.take(completion_ids), policy.engine.delimiter_id)
+        names = [example.where for example in groups.examples]
         if WITH_TRACE in columns:
             scores = _given(groups, columns)
         else:
-            scores = policy.engine.score(groups.prompts, traces.trace_ids, groups.answers)
-        against, names = _with_baseline(policy, groups, scores), [example.where for example in groups.examples]
-        rewards = reward(against, traces, self.objective, 0.0, names)
+            scores = score_in_parts(policy.engine, groups.prompts, traces.trace_ids, groups.answers, names)
+        rewards = reward(_with_baseline(policy, groups, scores), traces, self.objective, 0.0, names)
         policy.judged = Judged(groups, traces, scores, rewards)
         if log_metric is not None:
             metrics = rollout_metrics(groups.examples, traces, scores, rewards, self.objective)
@@ -131,15 +135,15 @@ class NRTReward:
         A completion is the trace and the delimiter that ended it; ``RolloutMixin`` brings the answers.
 
         Raises:
-            UserError: the trainer is no RolloutMixin, a row has no answer, or TRL is to sample otherwise than by
-                temperature.
+            UserError: the trainer is no RolloutMixin, a row has no answer, TRL is to sample otherwise than by
+                temperature, or the cache does not hold a trace of the longest kind.
         """
         check_sampling(trainer)
         policy, inputs = self.policy(trainer), inputs_of(trainer)
         groups = self._groups(trainer, prompts, {"answer": [row.get("answer") for row in inputs]})
         if sum(map(len, groups.rows)) < len(prompts):
             raise UserError("a row of the batch has no answer: the engine samples traces for answers")
-        groups = groups.cut(gcd(*map(len, groups.rows)))
+        groups = groups.cut(_sampled_together(policy.engine, groups, trainer.max_completion_length))
         thoughts = policy.engine.think(
             groups.prompts, groups.answers, list(range(len(groups.rows))), num_generations=len(groups.rows[0]),
             max_trace_length=trainer.max_completion_length - 1, temperature=trainer.temperature,
@@ -178,14 +182,25 @@ def _checked(objective: Preset | Objective) -> Objective:
     return objective
 
 
+def _sampled_together(engine: Engine, groups: Groups, max_completion_length: int) -> int:
+    """Size of groups that divides all of theirs, with room in the cache for the longest completion of every row."""
+    longest = 1 + max(map(len, groups.answers))
+    size = gcd(*map(len, groups.rows))
+    rows = [max_completion_length - 1 + longest] * size
+    parts = [parts_that_fit(engine, e.prompt_ids, rows, longest, e.where)[0] for e in groups.examples]
+    room = min(part.stop for part in parts)
+    return max(divisor for divisor in range(1, room + 1) if size % divisor == 0)
+
+
 def _frozen(engine: Engine, trainer: Any) -> Engine:
-    """The weights before training: the model without its adapter, or a copy made now."""
-    if engine.model.adapter is not None:
+    """The weights before training: the model without an adapter that changes nothing yet, or a copy made now."""
+    adapter = engine.model.adapter
+    if adapter is not None and not adapter.changes:
         return engine.on(engine.model.without_adapter())
     if trainer.state.global_step:
         raise UserError(
             f"baseline 'frozen' copies the weights before training, and this run is at step {trainer.state.global_step}"
-            "; valid: LoRA, or baseline 'current'"
+            "; valid: reward.policy(trainer) before trainer.train(resume_from_checkpoint=...), or baseline 'current'"
         )
     return engine.on(engine.model.clone())
 
