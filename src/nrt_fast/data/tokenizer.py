@@ -90,13 +90,15 @@ def choose_delimiter(
     """
     if found := find_delimiter(tokenizer, delimiter):
         return found
-    named = f"--delimiter with a token of the vocabulary, for example {example_delimiters(tokenizer)}"
     if END_OF_THINKING in tokenizer.get_vocab():
-        raise UserError(f"the tokenizer's {END_OF_THINKING} has another use, and it reserves no token; valid: {named}")
+        raise UserError(
+            f"the tokenizer's {END_OF_THINKING} has another use, and it reserves no token; valid: "
+            f"{_valid_delimiters(tokenizer)}"
+        )
     if not may_add:
         raise UserError(
             "the tokenizer reserves no token that could end a trace, and LoRA cannot train a new one's row; valid: "
-            f"{named}, or --use_peft false"
+            f"{_valid_delimiters(tokenizer)}, or --use_peft false"
         )
     tokenizer.add_tokens([END_OF_THINKING], special_tokens=True)
     return Delimiter(tokenizer.convert_tokens_to_ids(END_OF_THINKING), END_OF_THINKING, added=True)
@@ -180,10 +182,15 @@ def _single_id(tokenizer: "PreTrainedTokenizerBase", delimiter: str) -> int:
     )
 
 
+def _valid_delimiters(tokenizer: "PreTrainedTokenizerBase") -> str:
+    return f"--delimiter with a token of the vocabulary, for example {example_delimiters(tokenizer)}"
+
+
 def example_delimiters(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Some tokens of the vocabulary that could end a trace, for messages."""
-    known = [END_OF_THINKING] if END_OF_THINKING in tokenizer.get_vocab() else []
+    vocabulary, taken = tokenizer.get_vocab(), _taken_tokens(tokenizer)
+    known = [END_OF_THINKING] if END_OF_THINKING in vocabulary else []
     candidates = dict.fromkeys([*known, *reserved_tokens(tokenizer), *tokenizer.get_added_vocab()])
-    reserved = [token for token in candidates if token not in _taken_tokens(tokenizer)][:4]
-    plain = [text for text in PLAIN if text in tokenizer.get_vocab()]
+    reserved = [token for token in candidates if token not in taken][:4]
+    plain = [text for text in PLAIN if text in vocabulary]
     return " ".join(reserved or plain[:4]) or "(none reserved here)"
